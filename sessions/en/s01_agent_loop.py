@@ -1,0 +1,168 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "openai>=3.15,<4",
+#   "python-dotenv>=1.2.1",
+# ]
+# ///
+"""s01: The agent loop - an agent is `while True` plus `finish_reason`.
+
+    you> --> messages[] --> call_model --> finish_reason --> agent>
+     ^                                                         |
+     +---------------------------------------------------------+
+
+Run it with no key: python sessions/offline_model.py s01
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import openai
+from dotenv import load_dotenv
+
+# --- s01: the agent loop ---
+
+NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env and fill them in.
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+CHECK = {401: "check OPENAI_API_KEY", 404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)"}
+NOTES = {
+    "length": "the answer was cut at the length limit",
+    "content_filter": "the provider's content filter stopped the answer",
+    "tool_calls": "the model asked for a tool, and there is none to run",
+}
+
+
+@dataclass
+class Agent:
+    """What a turn works with: a server, the settings of each request, the history, a screen."""
+
+    client: openai.OpenAI
+    settings: dict
+    messages: list[dict]
+    show: Callable[[str], None]
+
+
+def load_agent() -> Agent:
+    """The agent that .env and the environment describe. Exits with a line if they do not."""
+    load_dotenv()
+    key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
+    if not re.fullmatch("[!-~]+", key) or not model:
+        sys.exit(NO_MODEL)
+    try:
+        options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
+        settings = {"model": model, "stream": True, **options}
+        timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
+    except (TypeError, ValueError) as error:
+        sys.exit(f"MODEL_OPTIONS must be a JSON object, MODEL_TIMEOUT a number of seconds: {error}")
+    url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+    client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
+    return Agent(client, settings, [], show)
+
+
+def show(text: str) -> None:
+    """Print a piece of the answer as it arrives, without control characters."""
+    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text), end="", flush=True)
+
+
+def plain(text: str) -> str:
+    """The text with halves of characters mended: no server takes them back."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def explain(error: BaseException) -> str:
+    """One line for a person: what went wrong, where, and what to check."""
+    url = getattr(getattr(error, "request", None), "url", "")
+    body = getattr(error, "body", None)
+    hint = CHECK.get(getattr(error, "status_code", None))
+    parts = (error, error.__cause__, body if isinstance(body, str) else "", url, hint)
+    return " ".join(" - ".join(str(part) for part in parts if str(part or "")).split())[:500]
+
+
+def call_model(agent: Agent) -> tuple[dict, str]:
+    """Send the history, show the answer as it streams. Returns the message and finish_reason."""
+    request = {"messages": agent.messages, **agent.settings}
+    stream = bool(request["stream"])
+    # extra_body is sent as it is; what stands in messages= would be walked and copied first.
+    reply = agent.client.chat.completions.create(
+        model="", messages=[], stream=stream, extra_body=request
+    )
+    if stream and "json" in reply.response.headers.get("content-type", ""):
+        raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
+    text, finish_reason = "", None
+    for chunk in reply if stream else [reply]:
+        for choice in getattr(chunk, "choices", None) or []:
+            finish_reason = getattr(choice, "finish_reason", None) or finish_reason
+            part = getattr(choice, "delta" if stream else "message", None)
+            piece = getattr(part, "content", None) or getattr(part, "refusal", None)
+            if isinstance(piece, str):
+                agent.show(piece)
+                text += piece
+    message = {"role": "assistant", "content": plain(text)}
+    if finish_reason and text:
+        return message, finish_reason
+    error = getattr(reply, "error", None) or "the answer broke off, or was empty"
+    raise openai.OpenAIError(NOTES.get(finish_reason, error))
+
+
+def agent_turn(agent: Agent) -> str:
+    """Answer the last message of the history. Returns the answer, or raises OpenAIError."""
+    message, finish_reason = call_model(agent)
+    agent.messages.append(message)
+    note = f"\n[{NOTES[finish_reason]}]" if finish_reason in NOTES else ""
+    agent.show(note)
+    return message["content"] + note
+
+
+def answer(agent: Agent, text: str) -> bool:
+    """Run one turn. One that fails shows why in a line, takes the text back, and returns False."""
+    question = {"role": "user", "content": text}
+    try:
+        agent.messages.append(question)
+        agent_turn(agent)
+        return True
+    except (openai.OpenAIError, OSError, ValueError, KeyboardInterrupt) as error:
+        if agent.messages[-1:] == [question]:
+            agent.messages.pop()
+        agent.show(f"\n[{explain(error) or 'stopped'}]")
+        return False
+
+
+# --- main ---
+
+
+def main() -> int:
+    """Read a line, answer it, and round again. Returns the exit status."""
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    with suppress(ImportError):  # Windows has no readline
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one message
+    agent = load_agent()
+    print(f"{__doc__.splitlines()[0]}\n{agent.settings['model']} answers; quit leaves.")
+    failed = False
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            print()
+            text = input("you> ")
+            if not sys.stdin.isatty():
+                print(text)  # a pipe does not echo
+            if text.strip() in ("quit", "exit"):
+                break
+            if text.startswith("/"):
+                print(f"{text.split()[0]} is no command; start with a space to say it anyway")
+            elif text.strip():
+                print("agent> ", end="", flush=True)
+                failed |= not answer(agent, text)
+                print()
+    print()
+    return int(failed and not sys.stdin.isatty())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
