@@ -35,7 +35,7 @@ from dotenv import load_dotenv
 
 # --- s01: the agent loop ---
 
-NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env and fill them in.
+NO_MODEL = f"""OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set: copy .env.example to .env.
 Without a key: python sessions/offline_model.py {__doc__[:3]}"""
 CHECK = {401: "check OPENAI_API_KEY", 404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)"}
 NOTES = {
@@ -136,8 +136,8 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         return message | {"tool_calls": plain_calls(parts, agent.messages)}, finish_reason
     if finish_reason and text:
         return message, finish_reason
-    error = getattr(reply, "error", None) or "the answer broke off, or was empty"
-    raise openai.OpenAIError(NOTES.get(finish_reason, error))
+    empty = "the answer was empty" if finish_reason else "the answer broke off"
+    raise openai.OpenAIError(getattr(reply, "error", None) or NOTES.get(finish_reason, empty))
 
 
 def agent_turn(agent: Agent) -> str:
