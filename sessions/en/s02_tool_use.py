@@ -151,9 +151,9 @@ def agent_turn(agent: Agent) -> str:
 
 def answer(agent: Agent, text: str) -> bool:
     """Run one turn. One that fails shows why in a line, takes the text back, and returns False."""
-    close_turn(agent.messages)
     question = {"role": "user", "content": text}
     try:
+        close_turn(agent.messages)
         agent.messages.append(question)
         agent_turn(agent)
         return True
@@ -169,8 +169,8 @@ def answer(agent: Agent, text: str) -> bool:
 MAX_ROUNDS = 25
 MAX_RESULT = 30_000
 MAX_FILE = 10_000_000
-TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls; say where you stand"
-NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; say `go on` to go on"
+TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
+NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 PATH = "the file, relative to the workspace"
 SECRET = re.compile("key|token|secret|password|credential", re.IGNORECASE)
@@ -268,7 +268,7 @@ def close_turn(messages: list[dict]) -> None:
     """End a turn that an error or Ctrl-C cut off, so that a new one can follow."""
     close_calls(messages)
     if messages and messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": "[This turn was interrupted.]"})
+        messages.append({"role": "assistant", "content": "[This turn ended early.]"})
 
 
 def close_calls(messages: list[dict]) -> None:
@@ -424,7 +424,7 @@ def approve(agent: Agent, command: str) -> bool:
 
         # What was typed before the question is no answer to it.
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    agent.show(f"\n$ {command}\n")
+    agent.show(f"\n> {command}\n")
     with suppress(EOFError):
         choice = input("run it? [y/N/a] ").strip().lower()
         agent.approval = "always" if choice == "a" else "ask"
@@ -446,10 +446,10 @@ def run_shell(command: str, folder: Path, seconds: int) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=posix,
     )
-    output = bytearray()
-    reader = threading.Thread(target=read_ends, args=(process, output), daemon=True)
-    reader.start()
     try:
+        output = bytearray()
+        reader = threading.Thread(target=read_ends, args=(process, output), daemon=True)
+        reader.start()
         process.wait(seconds)
         end = f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:

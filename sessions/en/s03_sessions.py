@@ -160,9 +160,9 @@ def agent_turn(agent: Agent) -> str:
 
 def answer(agent: Agent, text: str) -> bool:
     """Run one turn. One that fails shows why in a line, takes the text back, and returns False."""
-    close_turn(agent.messages)
     question = {"role": "user", "content": text}
     try:
+        close_turn(agent.messages)
         agent.messages.append(question)
         agent_turn(agent)
         return True
@@ -178,8 +178,8 @@ def answer(agent: Agent, text: str) -> bool:
 MAX_ROUNDS = 25
 MAX_RESULT = 30_000
 MAX_FILE = 10_000_000
-TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls; say where you stand"
-NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; say `go on` to go on"
+TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
+NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 PATH = "the file, relative to the workspace"
 SECRET = re.compile("key|token|secret|password|credential", re.IGNORECASE)
@@ -277,7 +277,7 @@ def close_turn(messages: list[dict]) -> None:
     """End a turn that an error or Ctrl-C cut off, so that a new one can follow."""
     close_calls(messages)
     if messages and messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": "[This turn was interrupted.]"})
+        messages.append({"role": "assistant", "content": "[This turn ended early.]"})
 
 
 def close_calls(messages: list[dict]) -> None:
@@ -433,7 +433,7 @@ def approve(agent: Agent, command: str) -> bool:
 
         # What was typed before the question is no answer to it.
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    agent.show(f"\n$ {command}\n")
+    agent.show(f"\n> {command}\n")
     with suppress(EOFError):
         choice = input("run it? [y/N/a] ").strip().lower()
         agent.approval = "always" if choice == "a" else "ask"
@@ -455,10 +455,10 @@ def run_shell(command: str, folder: Path, seconds: int) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=posix,
     )
-    output = bytearray()
-    reader = threading.Thread(target=read_ends, args=(process, output), daemon=True)
-    reader.start()
     try:
+        output = bytearray()
+        reader = threading.Thread(target=read_ends, args=(process, output), daemon=True)
+        reader.start()
         process.wait(seconds)
         end = f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
@@ -513,7 +513,7 @@ class Journal:
         self.written = self.synced = 0
 
     def append(self, record: dict) -> None:
-        """Write a record and wait for the disk. Raises OSError, and then nothing was added."""
+        """Write a record, and return when it is on disk. Raises OSError when it may not be."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with self.writing:
             end = os.fstat(self.file).st_size
@@ -523,9 +523,7 @@ class Journal:
             self.written += 1
             mine = self.written
         with self.syncing:
-            if (
-                self.synced < mine
-            ):  # else another thread's sync, begun after our write, took it along
+            if self.synced < mine:  # else a sync that began later has taken it along
                 written = self.written
                 getattr(os, "fdatasync", os.fsync)(self.file)
                 self.synced = written
@@ -537,6 +535,7 @@ class Journal:
             with open(f"{self.path}.torn", "ab") as aside:
                 aside.write(torn + b"\n")
             os.ftruncate(self.file, os.fstat(self.file).st_size - len(torn))
+            show(f"[{self.path.name}: a torn last line was set aside]\n")
         records = []
         for number, line in enumerate(lines, 1):
             try:
@@ -595,7 +594,9 @@ class Session(list):
 
     def pop(self) -> None:
         """Take back the last message."""
-        self.change({"type": "retraction"})
+        with suppress(OSError):  # on a full disk it stays in the file, as a turn that ended early
+            self.journal.append({"type": "retraction"})
+        self.apply({"type": "retraction"})
 
     def rewrite(self, messages: list[dict], why: str) -> None:
         """Put other messages in place of all; the file keeps the old ones."""
@@ -726,7 +727,8 @@ class ContextGuard:
     def call(self, agent: Agent) -> tuple[dict, str]:
         """call_model, with room made when the request is too big. Raises ContextOverflow."""
         steps = ((self.shorten, 8), (self.compact, 3), (self.shorten, 64))
-        alone = agent.messages[-1]["role"] == "user" and agent.messages.sizes[-1] > self.window
+        last, size = agent.messages[-1], agent.messages.sizes[-1]
+        alone = last["role"] == "user" and size > self.window * 9 // 10
         for make_room, share in () if alone else steps:
             with suppress(ContextOverflow):
                 return self.attempt(agent)
@@ -736,7 +738,7 @@ class ContextGuard:
     def attempt(self, agent: Agent) -> tuple[dict, str]:
         """One call, unless it is sure to overflow: some servers then drop messages silently."""
         size = agent.messages.tokens(agent.tools)
-        if size <= self.window:
+        if size <= self.window * 9 // 10:  # the answer needs room, too
             try:
                 reply = call_model(agent)
                 agent.messages.used = agent.used
@@ -744,7 +746,7 @@ class ContextGuard:
             except openai.OpenAIError as error:
                 if not is_overflow(error):
                     raise
-                self.window = max(min(self.window, size * 9 // 10), 1000)
+                self.window = max(min(self.window, size), 1000)
         raise ContextOverflow(
             f"too long for a window of {self.window:,} tokens: say less, or start afresh with /new"
         )
@@ -759,10 +761,7 @@ class ContextGuard:
             agent.messages.rewrite(short, "shortened")
 
     def compact(self, agent: Agent, share: int) -> None:
-        """Summarize all but the latest messages, which may fill 1/share of the window.
-
-        A tool call and its results never part. What cannot be made to fit is left as it is.
-        """
+        """Summarize all but the latest 1/share of the window; a call never parts from its results."""
         messages, sizes = agent.messages, agent.messages.sizes
         starts = [i for i, message in enumerate(messages) if message["role"] != "tool"]
         keep = next((i for i in starts if sum(sizes[i:]) <= self.window // share), starts[-1])
