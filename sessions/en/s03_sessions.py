@@ -761,7 +761,7 @@ class ContextGuard:
             agent.messages.rewrite(short, "shortened")
 
     def compact(self, agent: Agent, share: int) -> None:
-        """Summarize all but the latest 1/share of the window; a call never parts from its results."""
+        """Summarize all but the latest 1/share of the window; calls stay with their results."""
         messages, sizes = agent.messages, agent.messages.sizes
         starts = [i for i, message in enumerate(messages) if message["role"] != "tool"]
         keep = next((i for i in starts if sum(sizes[i:]) <= self.window // share), starts[-1])
