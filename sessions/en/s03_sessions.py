@@ -333,7 +333,7 @@ def cut_middle(text: str, limit: int = MAX_RESULT) -> str:
 def load_workspace() -> Path:
     """The folder that tools work in, made if it is missing: WORKSPACE_DIR, or workspace/."""
     default = Path(__file__).resolve().parent.parent.parent / "workspace"
-    folder = Path(os.getenv("WORKSPACE_DIR") or default).resolve()
+    folder = Path(os.getenv("WORKSPACE_DIR") or default).expanduser().resolve()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder if folder.is_dir() else sys.exit(f"WORKSPACE_DIR: {folder} is not a folder")
