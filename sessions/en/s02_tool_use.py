@@ -66,10 +66,12 @@ def load_agent() -> Agent:
         options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
         settings = {"model": model, "stream": True, **options}
         timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
-    except (TypeError, ValueError) as error:
-        sys.exit(f"MODEL_OPTIONS must be a JSON object, MODEL_TIMEOUT a number of seconds: {error}")
-    url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
-    client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
+        if not 0 < timeout.read < 1e6:
+            raise ValueError(f"{timeout.read} seconds")
+        url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+        client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
+    except Exception as error:  # the SDK documents none of those it may raise here
+        sys.exit(f"OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT cannot be used: {error}")
     approval = os.getenv("APPROVAL") or "ask"
     if approval not in ("ask", "always", "never"):
         sys.exit(f"APPROVAL must be ask, always or never, not {approval!r}")
@@ -88,10 +90,13 @@ def plain(text: str) -> str:
 
 def explain(error: BaseException) -> str:
     """One line for a person: what went wrong, where, and what to check."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    told = error if isinstance(error, openai.OpenAIError | OSError) else repr(error)
     url = getattr(getattr(error, "request", None), "url", "")
     body = getattr(error, "body", None)
     hint = CHECK.get(getattr(error, "status_code", None))
-    parts = (error, error.__cause__, body if isinstance(body, str) else "", url, hint)
+    parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
     return " ".join(" - ".join(str(part) for part in parts if str(part or "")).split())[:500]
 
 
@@ -128,7 +133,8 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     if finish_reason and text:
         return message, finish_reason
     empty = "the answer was empty" if finish_reason else "the answer broke off"
-    raise openai.OpenAIError(getattr(reply, "error", None) or NOTES.get(finish_reason, empty))
+    told = getattr(reply, "error", None) or NOTES.get(finish_reason, empty)
+    raise openai.OpenAIError(f"{told} - {agent.client.base_url}")
 
 
 def agent_turn(agent: Agent) -> str:
@@ -157,10 +163,10 @@ def answer(agent: Agent, text: str) -> bool:
         agent.messages.append(question)
         agent_turn(agent)
         return True
-    except (openai.OpenAIError, OSError, ValueError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
         if agent.messages[-1:] == [question]:
             agent.messages.pop()
-        agent.show(f"\n[{explain(error) or 'stopped'}]")
+        agent.show(f"\n[{explain(error)}]")
         return False
 
 
