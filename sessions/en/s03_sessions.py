@@ -113,6 +113,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     stream = bool(request["stream"])
     if stream:
         request = {"stream_options": {"include_usage": True}} | request
+    agent.used = 0
     # extra_body is sent as it is; what stands in messages= would be walked and copied first.
     reply = agent.client.chat.completions.create(
         model="", messages=[], stream=stream, extra_body=request
@@ -122,7 +123,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     text, finish_reason = "", None
     parts, thoughts = [], ""
     for chunk in reply if stream else [reply]:
-        used = getattr(getattr(chunk, "usage", None), "total_tokens", None)
+        used = getattr(getattr(chunk, "usage", None), "prompt_tokens", None)
         agent.used = used if isinstance(used, int) else agent.used
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
@@ -545,7 +546,7 @@ class Journal:
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append(dict(json.loads(line)))
+                records.append({} | json.loads(line))
             except (TypeError, ValueError, RecursionError):
                 show(f"[{self.path.name}, line {number}: damaged, left out]\n")
         return records
@@ -560,6 +561,7 @@ class Session(list):
         self.header = {"label": ""}
         self.sizes: list[int] = []
         self.counted = (0, 0)
+        self.windows: dict[str, int] = {}
         self.used = 0
         for record in journal.replay():
             self.apply(record)
@@ -569,20 +571,22 @@ class Session(list):
     def apply(self, record: dict) -> None:
         """Make the change that a record describes: the only way to change, now and in a replay."""
         match record:
-            case {"type": "session"}:
-                self.header |= record
-            case {"type": "message", "message": {"role": str(), "content": str()} as message}:
-                super().append(message)
-                self.sizes.append(estimate(message))
+            case {"type": "session", "label": str()}:
+                self.header = record
+            case {"type": "message", "message": dict(message)} if is_message(message):
                 if used := record.get("used"):
                     self.counted = (len(self), used)
+                super().append(message)
+                self.sizes.append(estimate(message))
             case {"type": "retraction"} if self:
                 super().pop()
                 self.sizes.pop()
             case {"type": "compaction", "messages": list(messages)}:
-                self[:] = messages
-                self.sizes = [estimate(message) for message in messages]
+                self[:] = filter(is_message, messages)
+                self.sizes = [estimate(message) for message in self]
                 self.counted = (0, 0)
+            case {"type": "overflow", "model": str(model), "tokens": int(tokens)}:
+                self.windows[model] = tokens
 
     def change(self, record: dict) -> None:
         """Write a record down, then make its change; Ctrl-C while the disk works parts them not."""
@@ -594,7 +598,7 @@ class Session(list):
                 self.apply(record)
 
     def append(self, message: dict) -> None:
-        """Add a message, with `used`: what the server counted up to its end, if it did."""
+        """Add a message, with `used`: the tokens before it as the server counted, if it did."""
         self.change({"type": "message", "message": message, "used": self.used})
         self.used = 0
 
@@ -619,9 +623,19 @@ class Session(list):
 
 
 def estimate(value: object) -> int:
-    """About how many tokens a value takes: a quarter of a Latin letter's, one a CJK character."""
+    """About how many tokens a value takes: a quarter of its characters, of Chinese and such all."""
     text = json.dumps(value, ensure_ascii=False)
-    return len(text) // 4 + (len(text.encode("utf-8", "replace")) - len(text)) * 3 // 8
+    wide = 0 if text.isascii() else len(re.findall("[\u2e80-\U0010ffff]", text))
+    return (len(text) + 3 * wide) // 4
+
+
+def is_message(message: object) -> bool:
+    """Whether what a file holds is a message, in all that is used of it here."""
+    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "tool"):
+        return False
+    calls = message.get("tool_calls", [])
+    plain_calls = isinstance(calls, list) and all(isinstance(c, dict) and "id" in c for c in calls)
+    return isinstance(message.get("content"), str) and plain_calls
 
 
 def mend(messages: list[dict]) -> list[dict]:
@@ -654,18 +668,21 @@ class SessionStore:
         return sorted(self.folder.glob("*.jsonl"), key=lambda file: -file.stat().st_mtime)
 
     def read_index(self) -> dict[str, dict]:
-        """What each key means; if sessions.json is missing or damaged, as the headers have it."""
-        try:
-            return dict(json.loads(self.index.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError):
-            latest = ((file, read_header(file)) for file in reversed(self.files()))
-            return {h["key"]: {"id": f.stem, "label": h["label"]} for f, h in latest}
+        """What each key means; nothing when sessions.json is missing or damaged."""
+        with suppress(OSError, TypeError, ValueError, RecursionError):
+            return {} | json.loads(self.index.read_text(encoding="utf-8"))
+        return {}
 
     def resume(self, key: str) -> Session:
-        """The session that a key means, or a new one."""
-        match self.read_index().get(key):
-            case {"id": str(name)} if (self.folder / f"{name}.jsonl").is_file():
-                return Session(Journal(self.folder / f"{name}.jsonl"))
+        """The session that a key means: as the index says, else the latest, else a new one."""
+        entry = self.read_index().get(key)
+        if isinstance(entry, dict):
+            file = self.folder / f"{entry.get('id')}.jsonl"
+            if file.is_file():
+                return Session(Journal(file))
+        for file in self.files():
+            if read_header(file)["key"] == key:
+                return Session(Journal(file))
         return self.create(key)
 
     def create(self, key: str, label: str = "") -> Session:
@@ -694,7 +711,7 @@ class SessionStore:
 def read_header(file: Path) -> dict:
     """The header of a session file, or what stands in for a damaged one."""
     header = {"key": SESSION_KEY, "label": ""}
-    with suppress(OSError, ValueError, TypeError), open(file, "rb") as stream:
+    with suppress(OSError, TypeError, ValueError, RecursionError), open(file, "rb") as stream:
         header |= json.loads(stream.readline())
     return header
 
@@ -730,21 +747,31 @@ class ContextGuard:
     def __init__(self, window: int) -> None:
         self.window = max(window, 1000)
 
+    def limit(self, agent: Agent) -> int:
+        """The window of the agent's model, as far as it is known in this session."""
+        return agent.messages.windows.get(agent.settings["model"], self.window)
+
+    def learn(self, agent: Agent, tokens: int) -> None:
+        """Write down that a request of so many tokens was too long for the agent's model."""
+        record = {"type": "overflow", "model": agent.settings["model"]}
+        agent.messages.change(record | {"tokens": max(min(tokens, self.limit(agent)), 1000)})
+
     def call(self, agent: Agent) -> tuple[dict, str]:
         """call_model, with room made when the request is too big. Raises ContextOverflow."""
-        steps = ((self.shorten, 8), (self.compact, 3), (self.shorten, 64))
-        last, size = agent.messages[-1], agent.messages.sizes[-1]
-        alone = last["role"] == "user" and size > self.window * 9 // 10
-        for make_room, share in () if alone else steps:
+        steps = ((self.shorten, 8), (self.compact, 3), (self.compact, 4), (self.shorten, 64))
+        for make_room, share in steps:
             with suppress(ContextOverflow):
                 return self.attempt(agent)
+            last, size = agent.messages[-1], agent.messages.sizes[-1]
+            if last["role"] == "user" and size > self.limit(agent) * 8 // 10:
+                break  # no room would be enough
             make_room(agent, share)
         return self.attempt(agent)
 
     def attempt(self, agent: Agent) -> tuple[dict, str]:
         """One call, unless it is sure to overflow: some servers then drop messages silently."""
         size = agent.messages.tokens(agent.tools)
-        if size <= self.window * 9 // 10:  # the answer needs room, too
+        if size <= self.limit(agent) * 9 // 10:  # the answer needs room, too
             try:
                 reply = call_model(agent)
                 agent.messages.used = agent.used
@@ -752,9 +779,9 @@ class ContextGuard:
             except openai.OpenAIError as error:
                 if not is_overflow(error):
                     raise
-                self.window = max(min(self.window, size), 1000)
+                self.learn(agent, size)
         raise ContextOverflow(
-            f"too long for a window of {self.window:,} tokens: say less, or start afresh with /new"
+            f"too long for a window of {self.limit(agent):,} tokens: say less, or start with /new"
         )
 
     def shorten(self, agent: Agent, share: int) -> None:
@@ -762,16 +789,17 @@ class ContextGuard:
         short = [dict(message) for message in agent.messages]
         for message in short:
             if message["role"] == "tool":
-                message["content"] = cut_tokens(message["content"], self.window // share)
+                message["content"] = cut_tokens(message["content"], self.limit(agent) // share)
         if short != agent.messages:
             agent.messages.rewrite(short, "shortened")
 
     def compact(self, agent: Agent, share: int) -> None:
         """Summarize all but the latest 1/share of the window; calls stay with their results."""
-        messages, sizes = agent.messages, agent.messages.sizes
+        messages, sizes, room = agent.messages, agent.messages.sizes, self.limit(agent) // share
         starts = [i for i, message in enumerate(messages) if message["role"] != "tool"]
-        keep = next((i for i in starts if sum(sizes[i:]) <= self.window // share), starts[-1])
-        if keep == 0:
+        keep = next((i for i in starts if sum(sizes[i:]) <= room), starts[-1])
+        if keep == 0:  # nothing to summarize; was it counted right?
+            messages.rewrite(list(messages), "counted anew")
             return
         summary = self.summarize(agent, messages[:keep])
         head = [{"role": "user", "content": f"[The conversation so far, in short]\n{summary}"}]
@@ -782,23 +810,23 @@ class ContextGuard:
 
     def summarize(self, agent: Agent, messages: list[dict]) -> str:
         """The model's summary of messages, made piece by piece so that no request overflows."""
-        pieces = [""]
+        pieces, window = [""], self.limit(agent)
         for message in messages:
             calls = [call["function"] for call in message.get("tool_calls", ())]
             line = f"{message['role']}: {message['content']} {calls or ''}\n"
-            if estimate(pieces[-1] + line) > self.window // 3:
+            if estimate(pieces[-1] + line) > window // 3:
                 pieces.append("")
-            pieces[-1] += cut_tokens(line, self.window // 8)
+            pieces[-1] += cut_tokens(line, window // 8)
         summary = ""
         try:
             for piece in pieces:
                 ask = {"role": "user", "content": f"{SUMMARIZE}\n\n{summary}\n\n{piece}"}
                 helper = replace(agent, messages=[ask], tools=[], show=lambda text: None)
-                summary = cut_tokens(call_model(helper)[0]["content"], self.window // 8)
+                summary = cut_tokens(call_model(helper)[0]["content"], window // 8)
         except openai.OpenAIError as error:
-            if not is_overflow(error) or self.window < 1000:
+            if not is_overflow(error) or window == 1000:
                 raise
-            self.window //= 2
+            self.learn(agent, window // 2)
             return self.summarize(agent, messages)
         return summary
 
@@ -807,7 +835,9 @@ def is_overflow(error: openai.OpenAIError) -> bool:
     """Whether a server refused a request for its length; an error of key or rate never is that."""
     status = getattr(error, "status_code", None)
     told = f"{error} {getattr(error, 'body', '')}"
-    return status == 413 or (status in (None, 400, 422, 500) and bool(OVERFLOW.search(told)))
+    if status not in (None, 400, 422, 500) or "_parameter" in told:
+        return status == 413
+    return bool(OVERFLOW.search(told))
 
 
 def cut_tokens(text: str, tokens: int) -> str:
@@ -866,7 +896,7 @@ def list_sessions(agent: Agent, rest: str) -> str:
 
 @command("/context", "how full the model's window is")
 def show_context(agent: Agent, rest: str) -> str:
-    used, window = agent.messages.tokens(agent.tools), agent.guard.window
+    used, window = agent.messages.tokens(agent.tools), agent.guard.limit(agent)
     bar = "#" * min(20 * used // window, 20)
     return f"[{bar:.<20}] {used:,} of {window:,} tokens, {len(agent.messages)} messages"
 
