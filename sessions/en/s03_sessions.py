@@ -189,7 +189,7 @@ TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 PATH = "the file, relative to the workspace"
-SECRET = re.compile("key|token|secret|password|credential", re.IGNORECASE)
+SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
 TOOLS: list[dict] = []
 TOOL_HANDLERS: dict[str, Callable[..., str]] = {}
 
@@ -222,7 +222,8 @@ def add_piece(parts: list[dict], piece: object, position: int) -> None:
     one for all calls (then the `position` in the message counts), and send arguments as an object.
     """
     index, function = getattr(piece, "index", None), getattr(piece, "function", None)
-    text = getattr(function, "arguments", None) or ""
+    text = getattr(function, "arguments", None)
+    text = "" if text is None else text
     new = {
         "index": position if index is None else index,
         "id": getattr(piece, "id", None),
@@ -251,7 +252,8 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
     used = {call["id"] for message in messages for call in message.get("tool_calls", ())}
     calls = []
     for part in parts:
-        call_id = part["id"] if part["id"] not in {*used, "", None} else os.urandom(12).hex()
+        call_id = plain(part["id"] or "")
+        call_id = os.urandom(12).hex() if call_id in {*used, ""} else call_id
         used.add(call_id)
         name = re.sub("[^a-zA-Z0-9_-]", "_", part["name"] or "unnamed")[:64]
         function = {"name": name, "arguments": plain_arguments(part["text"])}
@@ -261,9 +263,10 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is a JSON object; NaN and Infinity, which only Python reads, are not JSON."""
+    """Whether a text is a JSON object for others than Python, too: no NaN, no half letters."""
     try:
-        return isinstance(json.loads(text, parse_constant=int), dict)
+        value = json.loads(text, parse_constant=int)
+        return isinstance(value, dict) and bool(json.dumps(value, ensure_ascii=False).encode())
     except (ValueError, RecursionError):
         return False
 
@@ -272,7 +275,9 @@ def plain_arguments(text: str) -> str:
     """The arguments as sent when they are a JSON object, else one that shows what they were."""
     if is_object(text):
         return text
-    return json.dumps({"invalid_json": text[:500]} if text.strip() not in ("", "null") else {})
+    return json.dumps(
+        {"invalid_json": plain(text[:500])} if text.strip() not in ("", "null") else {}
+    )
 
 
 def tool_result(call: dict, text: str) -> dict:
@@ -411,9 +416,9 @@ def write_file(agent: Agent, path: str, content: str) -> str:
 def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     file = workspace_path(agent, path)
     text = load_text(file)
-    if "\r\n" in text:  # models write bare line feeds
+    if "\r\n" in text and old_text not in text:  # models write bare line feeds
         old_text, new_text = (re.sub("\r?\n", "\r\n", part) for part in (old_text, new_text))
-    count = text.count(old_text) if old_text else 0
+    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0
     if count != 1:
         raise ValueError(f"old_text occurs {count} times in {path}; it must occur exactly once")
     replace_file(file, text.replace(old_text, new_text))
