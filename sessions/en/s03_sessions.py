@@ -586,8 +586,8 @@ class Session(list):
             case {"type": "retraction"} if self:
                 super().pop()
                 self.sizes.pop()
-            case {"type": "compaction", "messages": list(messages)}:
-                self[:] = filter(is_message, messages)
+            case {"type": "compaction", "messages": list(new)} if all(map(is_message, new)):
+                self[:] = new
                 self.sizes = [estimate(message) for message in self]
                 self.counted = (0, 0)
             case {"type": "overflow", "model": str(model), "tokens": int(tokens)}:
@@ -647,6 +647,8 @@ def mend(messages: list[dict]) -> list[dict]:
     """A history that every server accepts: each call has its one result, speakers take turns."""
     mended: list[dict] = []
     for message in messages:
+        if mended[-1:] == [message]:
+            continue  # written twice
         if message["role"] == "tool":
             if [c["id"] for c in open_calls(mended)[:1]] != [message.get("tool_call_id")]:
                 continue  # its call is lost
