@@ -29,7 +29,11 @@ from dotenv import load_dotenv
 
 NO_MODEL = f"""OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set: copy .env.example to .env.
 Without a key: python sessions/offline_model.py {__doc__[:3]}"""
-CHECK = {401: "check OPENAI_API_KEY", 404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)"}
+CHECK = {
+    400: "if the conversation is too long, begin a new one",
+    401: "check OPENAI_API_KEY",
+    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+}
 NOTES = {
     "length": "the answer was cut at the length limit",
     "content_filter": "the provider's content filter stopped the answer",
@@ -49,11 +53,11 @@ class Agent:
 
 def load_agent() -> Agent:
     """The agent that .env and the environment describe. Exits with a line if they do not."""
-    load_dotenv()
-    key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
-    if not re.fullmatch("[!-~]+", key) or not model:
-        sys.exit(NO_MODEL)
     try:
+        load_dotenv()
+        key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
+        if not re.fullmatch("[!-~]+", key) or not model:
+            sys.exit(NO_MODEL)
         options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
         settings = {"model": model, "stream": True, **options}
         timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
@@ -61,14 +65,15 @@ def load_agent() -> Agent:
             raise ValueError(f"{timeout.read} seconds")
         url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
-    except Exception as error:  # the SDK documents none of those it may raise here
-        sys.exit(f"OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT cannot be used: {error}")
-    return Agent(client, settings, [], show)
+        return Agent(client, settings, [], show)
+    except Exception as error:  # neither library documents what it may raise here
+        sys.exit(f".env, OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT: {error}")
 
 
 def show(text: str) -> None:
     """Print a piece of the answer as it arrives, without control characters."""
-    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text), end="", flush=True)
+    hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    print(re.sub(hidden, "", text), end="", flush=True)
 
 
 def plain(text: str) -> str:
@@ -85,7 +90,7 @@ def explain(error: BaseException) -> str:
     body = getattr(error, "body", None)
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
-    return " ".join(" - ".join(str(part) for part in parts if str(part or "")).split())[:500]
+    return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -102,8 +107,8 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     for chunk in reply if stream else [reply]:
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
-            part = getattr(choice, "delta" if stream else "message", None)
-            piece = getattr(part, "content", None) or getattr(part, "refusal", None)
+            delta = getattr(choice, "delta" if stream else "message", None)
+            piece = getattr(delta, "content", None) or getattr(delta, "refusal", None)
             if isinstance(piece, str):
                 agent.show(piece)
                 text += piece

@@ -37,7 +37,11 @@ from dotenv import load_dotenv
 
 NO_MODEL = f"""OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set: copy .env.example to .env.
 Without a key: python sessions/offline_model.py {__doc__[:3]}"""
-CHECK = {401: "check OPENAI_API_KEY", 404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)"}
+CHECK = {
+    400: "if the conversation is too long, begin a new one",
+    401: "check OPENAI_API_KEY",
+    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+}
 NOTES = {
     "length": "the answer was cut at the length limit",
     "content_filter": "the provider's content filter stopped the answer",
@@ -63,11 +67,11 @@ class Agent:
 
 def load_agent() -> Agent:
     """The agent that .env and the environment describe. Exits with a line if they do not."""
-    load_dotenv()
-    key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
-    if not re.fullmatch("[!-~]+", key) or not model:
-        sys.exit(NO_MODEL)
     try:
+        load_dotenv()
+        key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
+        if not re.fullmatch("[!-~]+", key) or not model:
+            sys.exit(NO_MODEL)
         options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
         settings = {"model": model, "stream": True, **options}
         timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
@@ -75,17 +79,18 @@ def load_agent() -> Agent:
             raise ValueError(f"{timeout.read} seconds")
         url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
-    except Exception as error:  # the SDK documents none of those it may raise here
-        sys.exit(f"OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT cannot be used: {error}")
-    approval = os.getenv("APPROVAL") or "ask"
-    if approval not in ("ask", "always", "never"):
-        sys.exit(f"APPROVAL must be ask, always or never, not {approval!r}")
-    return Agent(client, settings, [], show, load_workspace(), approval, TOOLS)
+        approval = os.getenv("APPROVAL") or "ask"
+        if approval not in ("ask", "always", "never"):
+            sys.exit(f"APPROVAL must be ask, always or never, not {approval!r}")
+        return Agent(client, settings, [], show, load_workspace(), approval, TOOLS)
+    except Exception as error:  # neither library documents what it may raise here
+        sys.exit(f".env, OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT: {error}")
 
 
 def show(text: str) -> None:
     """Print a piece of the answer as it arrives, without control characters."""
-    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text), end="", flush=True)
+    hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    print(re.sub(hidden, "", text), end="", flush=True)
 
 
 def plain(text: str) -> str:
@@ -102,7 +107,7 @@ def explain(error: BaseException) -> str:
     body = getattr(error, "body", None)
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
-    return " ".join(" - ".join(str(part) for part in parts if str(part or "")).split())[:500]
+    return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -121,25 +126,26 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     if stream and "json" in reply.response.headers.get("content-type", ""):
         raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
     text, finish_reason = "", None
-    parts, thoughts = [], ""
+    calls, thoughts = [], ""
     for chunk in reply if stream else [reply]:
         used = getattr(getattr(chunk, "usage", None), "prompt_tokens", None)
         agent.used = used if isinstance(used, int) else agent.used
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
-            part = getattr(choice, "delta" if stream else "message", None)
-            piece = getattr(part, "content", None) or getattr(part, "refusal", None)
+            delta = getattr(choice, "delta" if stream else "message", None)
+            piece = getattr(delta, "content", None) or getattr(delta, "refusal", None)
             if isinstance(piece, str):
                 agent.show(piece)
                 text += piece
-            for position, piece in enumerate(getattr(part, "tool_calls", None) or []):
-                add_piece(parts, piece, position)
-            thoughts += getattr(part, "reasoning_content", None) or ""
+            for position, fragment in enumerate(getattr(delta, "tool_calls", None) or []):
+                add_piece(calls, fragment, position)
+            thought = getattr(delta, "reasoning_content", None)
+            thoughts += thought if isinstance(thought, str) else ""
     message = {"role": "assistant", "content": plain(text)}
     if thoughts:
-        message["reasoning_content"] = thoughts  # DeepSeek refuses a history without it
-    if finish_reason and parts:
-        return message | {"tool_calls": plain_calls(parts, agent.messages)}, finish_reason
+        message["reasoning_content"] = plain(thoughts)  # DeepSeek refuses a history without it
+    if finish_reason and calls:
+        return message | {"tool_calls": plain_calls(calls, agent.messages)}, finish_reason
     if finish_reason and text:
         return message, finish_reason
     empty = "the answer was empty" if finish_reason else "the answer broke off"
@@ -241,7 +247,8 @@ def add_piece(parts: list[dict], piece: object, position: int) -> None:
 
 def continues(part: dict, new: dict) -> bool:
     """Whether a piece goes on with a call: nothing contradicts it, and the call lacks something."""
-    if any(part[key] != new[key] and part[key] and new[key] for key in ("id", "name")):
+    contradicts = [part[key] and new[key] and part[key] != new[key] for key in ("id", "name")]
+    if any(contradicts):
         return False
     whole = part["text"].rstrip().endswith("}") and is_object(part["text"])
     return part["index"] == new["index"] and not (whole and new["text"].strip())
@@ -252,13 +259,14 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
     used = {call["id"] for message in messages for call in message.get("tool_calls", ())}
     calls = []
     for part in parts:
-        call_id = plain(part["id"] or "")
+        call_id = plain(str(part["id"] or ""))
         call_id = os.urandom(12).hex() if call_id in {*used, ""} else call_id
         used.add(call_id)
-        name = re.sub("[^a-zA-Z0-9_-]", "_", part["name"] or "unnamed")[:64]
+        name = re.sub("[^a-zA-Z0-9_-]", "_", str(part["name"] or "unnamed"))[:64]
         function = {"name": name, "arguments": plain_arguments(part["text"])}
-        call = {"id": call_id, "type": "function", "function": function}
-        calls.append(call | ({"extra_content": extra} if (extra := part["extra_content"]) else {}))
+        calls.append({"id": call_id, "type": "function", "function": function})
+        if is_object(json.dumps(part["extra_content"])):
+            calls[-1]["extra_content"] = part["extra_content"]
     return calls
 
 
@@ -273,11 +281,9 @@ def is_object(text: str) -> bool:
 
 def plain_arguments(text: str) -> str:
     """The arguments as sent when they are a JSON object, else one that shows what they were."""
-    if is_object(text):
-        return text
-    return json.dumps(
-        {"invalid_json": plain(text[:500])} if text.strip() not in ("", "null") else {}
-    )
+    if text.strip() in ("", "null"):
+        return "{}"
+    return text if is_object(text) else json.dumps({"invalid_json": plain(text[:500])})
 
 
 def tool_result(call: dict, text: str) -> dict:
@@ -300,9 +306,9 @@ def close_calls(messages: list[dict]) -> None:
 
 def open_calls(messages: list[dict]) -> list[dict]:
     """The tool calls at the end of the history that have no result yet."""
-    for results, message in enumerate(reversed(messages)):
+    for answered, message in enumerate(reversed(messages)):
         if message["role"] != "tool":
-            return message.get("tool_calls", [])[results:]
+            return message.get("tool_calls", [])[answered:]
     return []
 
 
@@ -327,8 +333,8 @@ def check_arguments(name: str, arguments: dict) -> None:
     wrong = [f"{key} is missing" for key in tools[name]["required"] if key not in arguments]
     for key, value in arguments.items():
         if key == "invalid_json":
-            wrong = ["what came was no JSON object"]
-        elif JSON_TYPES.get(type(value)) != kinds.get(key):
+            wrong = ["what came was no JSON object (cut off? then write less at once)"]
+        elif key not in kinds or JSON_TYPES.get(type(value)) != kinds[key]:
             wrong.append(f"{key} must be {kinds[key]}" if key in kinds else f"{key} is unknown")
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}. The arguments of {name}: {json.dumps(kinds)}")
@@ -402,8 +408,7 @@ def read_file(agent: Agent, path: str, offset: int = 1, limit: int = 2000) -> st
 
 @tool("Write a text file; one that is there is replaced.", path=PATH, content="the whole text")
 def write_file(agent: Agent, path: str, content: str) -> str:
-    file = workspace_path(agent, path)
-    replace_file(file, content)
+    replace_file(workspace_path(agent, path), content)
     return f"wrote {len(content)} characters to {path}"
 
 
@@ -416,7 +421,8 @@ def write_file(agent: Agent, path: str, content: str) -> str:
 def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     file = workspace_path(agent, path)
     text = load_text(file)
-    if "\r\n" in text and old_text not in text:  # models write bare line feeds
+    if "\r\n" in text and (old_text not in text or "\n" not in old_text):
+        # Models write bare line feeds, where this file has others.
         old_text, new_text = (re.sub("\r?\n", "\r\n", part) for part in (old_text, new_text))
     count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0
     if count != 1:
@@ -445,10 +451,11 @@ def approve(agent: Agent, command: str) -> bool:
 
         # What was typed before the question is no answer to it.
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    agent.show(f"\n> {command}\n")
+    agent.show("".join(f"\n> {line}" for line in command.split("\n")) + "\n")
     with suppress(EOFError):
         choice = input("run it? [y/N/a] ").strip().lower()
-        agent.approval = "always" if choice == "a" else "ask"
+        if choice == "a":
+            agent.approval = "always"
         return choice in ("y", "yes", "a")
     return False
 
