@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import openai
@@ -535,9 +536,11 @@ class Journal:
         """Write a record, and return when it is on disk. Raises OSError when it may not be."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with self.writing:
-            end = os.fstat(self.file).st_size
+            state = os.fstat(self.file)
+            if not state.st_nlink:
+                raise OSError(f"{self.path} was removed while in use")
             if os.write(self.file, line) != len(line):
-                os.ftruncate(self.file, end)
+                os.ftruncate(self.file, state.st_size)
                 raise OSError(f"the disk is full: {self.path}")
             self.written += 1
             mine = self.written
@@ -571,8 +574,7 @@ class Session(list):
         super().__init__()
         self.journal = journal
         self.header = {"label": ""}
-        self.sizes: list[int] = []
-        self.counted = (0, 0)
+        self.estimated, self.scale = 0, 1.0
         self.windows: dict[str, int] = {}
         self.used = 0
         for record in journal.replay():
@@ -586,19 +588,18 @@ class Session(list):
             case {"type": "session", "label": str()}:
                 self.header = record
             case {"type": "message", "message": dict(message)} if is_message(message):
-                if used := record.get("used"):
-                    self.counted = (len(self), used)
+                if isinstance(used := record.get("used"), int) and used > 0:
+                    self.scale = min(max(used / (estimate(TOOLS) + self.estimated), 0.25), 4)
                 super().append(message)
-                self.sizes.append(estimate(message))
-            case {"type": "retraction"} if self:
-                super().pop()
-                self.sizes.pop()
+                self.estimated += estimate(message)
+            case {"type": "retraction", "to": int(length)}:
+                self.estimated -= sum(map(estimate, self[length:]))
+                del self[length:]
             case {"type": "compaction", "messages": list(new)} if all(map(is_message, new)):
                 self[:] = new
-                self.sizes = [estimate(message) for message in self]
-                self.counted = (0, 0)
-            case {"type": "overflow", "model": str(model), "tokens": int(tokens)}:
-                self.windows[model] = tokens
+                self.estimated = sum(map(estimate, new))
+            case {"type": "overflow", "window": str(window), "tokens": int(tokens)}:
+                self.windows[window] = max(tokens, 1000)
 
     def change(self, record: dict) -> None:
         """Write a record down, then make its change; Ctrl-C while the disk works parts them not."""
@@ -616,9 +617,10 @@ class Session(list):
 
     def pop(self) -> None:
         """Take back the last message."""
+        record = {"type": "retraction", "to": len(self) - 1}
         with suppress(OSError):  # on a full disk it stays in the file, as a turn that ended early
-            self.journal.append({"type": "retraction"})
-        self.apply({"type": "retraction"})
+            self.journal.append(record)
+        self.apply(record)
 
     def rewrite(self, messages: list[dict], why: str) -> None:
         """Put other messages in place of all; the file keeps the old ones."""
@@ -628,10 +630,9 @@ class Session(list):
         label = f" ({self.header['label']})" if self.header["label"] else ""
         return f"session {self.journal.path.stem}{label}, {len(self)} messages"
 
-    def tokens(self, tools: list[dict]) -> int:
-        """The tokens of the next request: what the server counted, and an estimate of the rest."""
-        known, used = self.counted
-        return (used or estimate(tools)) + sum(self.sizes[known:])
+    def tokens(self) -> int:
+        """The tokens of the next request: an estimate, scaled by what the server last counted."""
+        return int(self.scale * (estimate(TOOLS) + self.estimated))
 
 
 def estimate(value: object) -> int:
@@ -743,9 +744,8 @@ def lock_workspace(folder: Path) -> None:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.lseek(lock, 0, os.SEEK_SET)
-        holder = os.read(lock, 40).decode(errors="replace").strip()
+    except (BlockingIOError, PermissionError):
+        holder = (folder / ".lock").read_text(encoding="utf-8", errors="replace").strip()
         sys.exit(f"{folder} is in use by {holder}: stop it, or set WORKSPACE_DIR to another folder")
     os.lseek(lock, 0, os.SEEK_SET)
     os.write(lock, f"{__doc__[:3]}, process {os.getpid()}".ljust(40).encode())
@@ -763,12 +763,17 @@ class ContextGuard:
 
     def limit(self, agent: Agent) -> int:
         """The window of the agent's model, as far as it is known in this session."""
-        return agent.messages.windows.get(agent.settings["model"], self.window)
+        return min(agent.messages.windows.get(self.name(agent), self.window), self.window)
+
+    def name(self, agent: Agent) -> str:
+        """What a learned window holds for: a model, and what CONTEXT_TOKENS said of it."""
+        return f"{agent.settings['model']}, {self.window}"
 
     def learn(self, agent: Agent, tokens: int) -> None:
         """Write down that a request of so many tokens was too long for the agent's model."""
-        record = {"type": "overflow", "model": agent.settings["model"]}
-        agent.messages.change(record | {"tokens": max(min(tokens, self.limit(agent)), 1000)})
+        tokens = min(tokens, self.limit(agent))
+        record = {"type": "overflow", "window": self.name(agent), "tokens": tokens}
+        agent.messages.change(record)
 
     def call(self, agent: Agent) -> tuple[dict, str]:
         """call_model, with room made when the request is too big. Raises ContextOverflow."""
@@ -776,15 +781,16 @@ class ContextGuard:
         for make_room, share in steps:
             with suppress(ContextOverflow):
                 return self.attempt(agent)
-            last, size = agent.messages[-1], agent.messages.sizes[-1]
-            if last["role"] == "user" and size > self.limit(agent) * 8 // 10:
-                break  # no room would be enough
+            last, limit = agent.messages[-1], self.limit(agent)
+            least = (estimate(last) + estimate(TOOLS)) * agent.messages.scale + limit // 8
+            if last["role"] == "user" and least > limit * 9 // 10:
+                break  # the question alone, with a summary before it, would not fit
             make_room(agent, share)
         return self.attempt(agent)
 
     def attempt(self, agent: Agent) -> tuple[dict, str]:
         """One call, unless it is sure to overflow: some servers then drop messages silently."""
-        size = agent.messages.tokens(agent.tools)
+        size = agent.messages.tokens()
         if size <= self.limit(agent) * 9 // 10:  # the answer needs room, too
             try:
                 reply = call_model(agent)
@@ -809,13 +815,17 @@ class ContextGuard:
 
     def compact(self, agent: Agent, share: int) -> None:
         """Summarize all but the latest 1/share of the window; calls stay with their results."""
-        messages, sizes, room = agent.messages, agent.messages.sizes, self.limit(agent) // share
+        messages = agent.messages
+        room = self.limit(agent) // share / messages.scale
         starts = [i for i, message in enumerate(messages) if message["role"] != "tool"]
-        keep = next((i for i in starts if sum(sizes[i:]) <= room), starts[-1])
-        if keep == 0:  # nothing to summarize; was it counted right?
-            messages.rewrite(list(messages), "counted anew")
+        sizes = list(accumulate(map(estimate, reversed(messages))))[::-1]  # from each to the end
+        keep = next((i for i in starts if sizes[i] <= room), starts[-1])
+        if keep == 0:
             return
-        summary = self.summarize(agent, messages[:keep])
+        try:
+            summary = self.summarize(agent, messages[:keep])
+        except openai.OpenAIError as error:
+            raise openai.OpenAIError("no summary: try again, or start with /new") from error
         head = [{"role": "user", "content": f"[The conversation so far, in short]\n{summary}"}]
         if messages[keep]["role"] == "user":
             head.append({"role": "assistant", "content": "I go on from there."})
@@ -824,34 +834,43 @@ class ContextGuard:
 
     def summarize(self, agent: Agent, messages: list[dict]) -> str:
         """The model's summary of messages, made piece by piece so that no request overflows."""
-        pieces, window = [""], self.limit(agent)
+        pieces, filled, window = [""], 0, int(self.limit(agent) / agent.messages.scale)
         for message in messages:
             calls = [call["function"] for call in message.get("tool_calls", ())]
             line = f"{message['role']}: {message['content']} {calls or ''}\n"
-            if estimate(pieces[-1] + line) > window // 3:
-                pieces.append("")
-            pieces[-1] += cut_tokens(line, window // 8)
+            line = cut_tokens(line, window // 8)
+            filled += estimate(line)
+            if filled > window // 3:
+                pieces, filled = [*pieces, ""], estimate(line)
+            pieces[-1] += line
         summary = ""
         try:
             for piece in pieces:
                 ask = {"role": "user", "content": f"{SUMMARIZE}\n\n{summary}\n\n{piece}"}
                 helper = replace(agent, messages=[ask], tools=[], show=lambda text: None)
-                summary = cut_tokens(call_model(helper)[0]["content"], window // 8)
+                message, finish_reason = call_model(helper)
+                if "tool_calls" in message or finish_reason == "content_filter":
+                    raise openai.OpenAIError("the model gave none")
+                summary = cut_tokens(message["content"], window // 8)
         except openai.OpenAIError as error:
-            if not is_overflow(error) or window == 1000:
+            if not is_overflow(error) or self.limit(agent) == 1000:
                 raise
-            self.learn(agent, window // 2)
+            self.learn(agent, self.limit(agent) // 2)
             return self.summarize(agent, messages)
         return summary
 
 
 def is_overflow(error: openai.OpenAIError) -> bool:
     """Whether a server refused a request for its length; an error of key or rate never is that."""
-    status = getattr(error, "status_code", None)
-    told = f"{error} {getattr(error, 'body', '')}"
-    if status not in (None, 400, 422, 500) or "_parameter" in told:
+    status, body = getattr(error, "status_code", None), getattr(error, "body", None)
+    told = [error, getattr(error, "code", ""), getattr(error, "type", "")]
+    if isinstance(body, str):
+        told.append(body)
+    elif isinstance(body, dict):
+        told.append(body.get("metadata"))  # where OpenRouter puts what the provider said
+    if status not in (None, 400, 500) or "parameter" in str(told[1]):
         return status == 413
-    return bool(OVERFLOW.search(told))
+    return bool(OVERFLOW.search(str([str(part) for part in told])))
 
 
 def cut_tokens(text: str, tokens: int) -> str:
@@ -876,7 +895,7 @@ def run_command(agent: Agent, text: str) -> bool:
         return False
     try:
         agent.show(COMMANDS[name][2](agent, text[len(name) :].strip()) + "\n")
-    except (openai.OpenAIError, OSError, ValueError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         agent.show(f"[{error if isinstance(error, ValueError) else explain(error)}]\n")
     return True
 
@@ -910,7 +929,7 @@ def list_sessions(agent: Agent, rest: str) -> str:
 
 @command("/context", "how full the model's window is")
 def show_context(agent: Agent, rest: str) -> str:
-    used, window = agent.messages.tokens(agent.tools), agent.guard.limit(agent)
+    used, window = agent.messages.tokens(), agent.guard.limit(agent)
     bar = "#" * min(20 * used // window, 20)
     return f"[{bar:.<20}] {used:,} of {window:,} tokens, {len(agent.messages)} messages"
 
