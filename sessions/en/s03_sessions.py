@@ -647,8 +647,10 @@ def is_message(message: object) -> bool:
     if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "tool"):
         return False
     calls = message.get("tool_calls", [])
-    plain_calls = isinstance(calls, list) and all(isinstance(c, dict) and "id" in c for c in calls)
-    return isinstance(message.get("content"), str) and plain_calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return False
+    whole = all({"id", "function"} <= call.keys() for call in calls)
+    return whole and isinstance(message.get("content"), str)
 
 
 def mend(messages: list[dict]) -> list[dict]:
@@ -763,20 +765,21 @@ class ContextGuard:
 
     def limit(self, agent: Agent) -> int:
         """The window of the agent's model, as far as it is known in this session."""
-        return min(agent.messages.windows.get(self.name(agent), self.window), self.window)
+        return min(agent.messages.windows.get(self.key(agent), self.window), self.window)
 
-    def name(self, agent: Agent) -> str:
+    def key(self, agent: Agent) -> str:
         """What a learned window holds for: a model, and what CONTEXT_TOKENS said of it."""
         return f"{agent.settings['model']}, {self.window}"
 
     def learn(self, agent: Agent, tokens: int) -> None:
         """Write down that a request of so many tokens was too long for the agent's model."""
         tokens = min(tokens, self.limit(agent))
-        record = {"type": "overflow", "window": self.name(agent), "tokens": tokens}
+        record = {"type": "overflow", "window": self.key(agent), "tokens": tokens}
         agent.messages.change(record)
 
     def call(self, agent: Agent) -> tuple[dict, str]:
         """call_model, with room made when the request is too big. Raises ContextOverflow."""
+        # Twice compact: while it works, the window may prove smaller than it seemed.
         steps = ((self.shorten, 8), (self.compact, 3), (self.compact, 4), (self.shorten, 64))
         for make_room, share in steps:
             with suppress(ContextOverflow):
@@ -863,14 +866,11 @@ class ContextGuard:
 def is_overflow(error: openai.OpenAIError) -> bool:
     """Whether a server refused a request for its length; an error of key or rate never is that."""
     status, body = getattr(error, "status_code", None), getattr(error, "body", None)
-    told = [error, getattr(error, "code", ""), getattr(error, "type", "")]
-    if isinstance(body, str):
-        told.append(body)
-    elif isinstance(body, dict):
-        told.append(body.get("metadata"))  # where OpenRouter puts what the provider said
-    if status not in (None, 400, 500) or "parameter" in str(told[1]):
+    code, kind = str(getattr(error, "code", "")), getattr(error, "type", "")
+    if status not in (None, 400, 500) or "parameter" in code:
         return status == 413
-    return bool(OVERFLOW.search(str([str(part) for part in told])))
+    more = body.get("metadata") if isinstance(body, dict) else body  # OpenRouter quotes others
+    return bool(OVERFLOW.search(f"{error} {code} {kind} {more}"))
 
 
 def cut_tokens(text: str, tokens: int) -> str:
