@@ -1,0 +1,180 @@
+"""What the harness costs, as ratios of figures that were measured in turn in this one run.
+
+python tests/bench/bench.py            every benchmark, a table each
+python tests/bench/bench.py prompt     one of them: prompt, call, append, replay
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "sessions")]
+
+from harness import REPO  # noqa: E402
+from harness import Section  # noqa: E402
+from harness import sections  # noqa: E402
+
+SERVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import offline_model
+print(offline_model.serve(pace=0).url, flush=True)
+sys.stdin.read()
+"""
+
+
+def medians(rounds: int, **measured: Callable[[], float]) -> dict[str, float]:
+    """The median seconds of each function, which take turns so that they meet the same weather."""
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(rounds):
+        for name, measure in measured.items():
+            times[name].append(measure())
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]:
+    """A function that gives the seconds which one call takes, on average over so many."""
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            function()
+        return (time.perf_counter() - begin) / times
+
+    return measure
+
+
+def environment(url: str, folder: Path) -> dict[str, str]:
+    """What a section needs to run against a server, with a workspace of its own."""
+    settings = {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": url, "MODEL_ID": "offline"}
+    return {**os.environ, **settings, "MODEL_OPTIONS": "", "WORKSPACE_DIR": str(folder)}
+
+
+def start(arguments: list[str], env: dict[str, str], until: bytes) -> Callable[[], None]:
+    """A function that starts Python and waits until it has printed something."""
+
+    def run() -> None:
+        command = [sys.executable, *arguments]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, env=env, **pipes) as process:
+            seen = b""
+            while until not in seen and (piece := os.read(process.stdout.fileno(), 4096)):
+                seen += piece
+            process.stdin.close()
+            process.kill()
+
+    return run
+
+
+def prompt(url: str, folder: Path) -> None:
+    """From the shell to the first prompt, against `import openai` alone (goal: at most 1.3)."""
+    env = environment(url, folder)
+    bare = start(["-c", "import openai; openai.OpenAI; print('ready', flush=True)"], env, b"ready")
+    measured = {"import openai": timed(bare)}
+    for section in sections():
+        measured[section.label] = timed(start([str(section.path)], env, b"you> "))
+    times = medians(9, **measured)
+    for name, seconds in times.items():
+        row("prompt", name, f"{seconds * 1000:.0f} ms", seconds / times["import openai"])
+
+
+def call(url: str, folder: Path) -> None:
+    """One streamed model call, against the bare SDK on the same messages (goal: at most 1.0)."""
+    for section in sections():
+        agent = make_agent(section, url, folder)
+        for length in (0, 20, 200, 2000):
+            turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+            agent.messages = turn * (length // 2)
+            agent.messages.append({"role": "user", "content": "repeat after me"})
+
+            def bare(messages: list[dict] = agent.messages, client=agent.client) -> None:
+                create = client.chat.completions.create
+                for _ in create(model="offline", messages=messages, stream=True):
+                    pass
+
+            ours = timed(lambda module=section.module, agent=agent: module.call_model(agent), 5)
+            times = medians(9, ours=ours, bare=timed(bare, 5))
+            label = f"{section.label}, {length + 1} messages"
+            row("call", label, f"{times['ours'] * 1000:.1f} ms", times["ours"] / times["bare"])
+
+
+def make_agent(section: Section, url: str, folder: Path) -> object:
+    """An agent as the section itself makes one, without tools and without a screen."""
+    os.environ |= environment(url, folder)
+    agent = section.module.load_agent()
+    agent.show = lambda text: None
+    agent.tools = []
+    return agent
+
+
+def append(url: str, folder: Path) -> None:
+    """A message on disk, against a bare write and fdatasync of the same bytes (goal: 0.8)."""
+    section = sections()[-1]
+    session = section.module.Session(section.module.Journal(folder / "s.jsonl"))
+    message = {"role": "user", "content": "A line of ordinary length, such as people write. " * 4}
+    session.append(message)
+    line = (folder / "s.jsonl").read_bytes()
+    raw = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def bare() -> None:
+        os.write(raw, line)
+        getattr(os, "fdatasync", os.fsync)(raw)
+
+    times = medians(20, ours=timed(lambda: session.append(message), 50), bare=timed(bare, 50))
+    label = f"{1 / times['ours']:.0f}/s"
+    row("append", section.label, label, times["bare"] / times["ours"])
+
+
+def replay(url: str, folder: Path) -> None:
+    """10,000 messages read back, in seconds, and against json.loads of the same lines."""
+    section = sections()[-1]
+    message = {"type": "message", "used": 0}
+    roles = ("user", "assistant") * 5000
+    lines = [
+        json.dumps(message | {"message": {"role": role, "content": "some words " * 20}})
+        for role in roles
+    ]
+    (folder / "r.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    module = section.module
+    ours = timed(lambda: module.Session(module.Journal(folder / "r.jsonl")))
+    bare = timed(lambda: [json.loads(line) for line in lines])
+    times = medians(7, ours=ours, bare=bare)
+    row("replay", section.label, f"{times['ours']:.3f} s", times["ours"] / times["bare"])
+
+
+def row(*cells: object) -> None:
+    """Print one row: benchmark, case, figure, ratio."""
+    *texts, ratio = cells
+    print("".join(f"{text:<22}" for text in texts) + f"{ratio:6.2f} x", flush=True)
+
+
+BENCHMARKS = {"prompt": prompt, "call": call, "append": append, "replay": replay}
+
+
+def main() -> int:
+    """Run the benchmarks that the command line names, or all."""
+    names = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := set(names) - set(BENCHMARKS):
+        print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}")
+        return 2
+    command = [sys.executable, "-c", SERVER, str(REPO / "sessions")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as server:
+        url = server.stdout.readline().strip()
+        for name in names:
+            print(f"\n{BENCHMARKS[name].__doc__.splitlines()[0]}")
+            with tempfile.TemporaryDirectory(dir=REPO) as folder:
+                BENCHMARKS[name](url, Path(folder))
+        server.stdin.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Fixtures of the suite: see harness.py and fake_model.py for what they give."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import pytest
+from fake_model import FakeModel
+
+SECTIONS = harness.sections()
+
+
+def wanted(mark: pytest.Mark | None) -> list[harness.Section]:
+    """The sections that a test runs on, from its `since` mark."""
+    first, last = "s01", None
+    if mark:
+        first, last = mark.args[0], mark.kwargs.get("until")
+    for label in (first, last or first):
+        if not re.fullmatch(r"s\d\d", label):
+            raise pytest.UsageError(f"since({label!r}): write a label such as s01")
+    return [s for s in SECTIONS if first <= s.label and (not last or s.label <= last)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `section` once for each section it holds for."""
+    if "section" in metafunc.fixturenames:
+        found = wanted(metafunc.definition.get_closest_marker("since"))
+        metafunc.parametrize("section", found, ids=lambda s: s.label, indirect=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that does not take `section` until the section that earns it is there."""
+    mark = item.get_closest_marker("since")
+    if mark and not wanted(mark):
+        pytest.skip(f"no section from {mark.args[0]} on yet")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the process that sections were started from."""
+    harness.MOTHER.end()
+
+
+@pytest.fixture
+def section(request: pytest.FixtureRequest) -> harness.Section:
+    """The section under test."""
+    return request.param
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A fresh copy of the files that ship in workspace/; `env` names it in WORKSPACE_DIR."""
+    target = tmp_path / "workspace"
+    target.mkdir()
+    for path in harness.shipped_files("workspace"):
+        copy = tmp_path / path.relative_to(harness.REPO)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+    return target
+
+
+@pytest.fixture
+def env(tmp_path: Path, workspace: Path) -> dict[str, str]:
+    """A clean environment with no key: nothing of the developer's own gets in."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return harness.clean_env(home, workspace)
+
+
+@dataclass
+class Offline:
+    """The offline model while it serves: its address, and an environment that points to it."""
+
+    url: str
+    env: dict[str, str]
+
+
+@pytest.fixture
+def offline(env: dict[str, str]) -> Iterator[Offline]:
+    """The stand-in model that ships with the tutorial, answering at once."""
+    path = harness.REPO / "sessions" / "offline_model.py"
+    if not path.exists():
+        pytest.skip("there is no sessions/offline_model.py yet")
+    server = harness.load(path).serve(port=0, pace=0)
+    settings = {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": server.url, "MODEL_ID": "offline"}
+    yield Offline(server.url, env | settings)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def fake_model(env: dict[str, str]) -> Iterator[FakeModel]:
+    """A scripted model server; a request it had to refuse fails the test at its end."""
+    with FakeModel(env) as server:
+        yield server
+    assert not server.problems, "\n".join(server.problems)

@@ -1,0 +1,464 @@
+"""What real servers have been seen to send: odd streams, and the bodies of errors.
+
+Each entry says what a client should make of it. A chunk is a dict (sent as JSON) or a string
+(sent as it is; one that starts with ":" is an SSE comment).
+"""
+
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+Chunk = dict[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A streamed answer, and the text, calls and finish_reason a client should read in it."""
+
+    about: str
+    chunks: list[Chunk]
+    text: str = ""
+    calls: list[tuple[str, dict]] = field(default_factory=list)
+    finish: str | None = "stop"
+    broken: bool = False
+    done: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error answer; kind: overflow, auth, quota, rate, parameter, retry or fatal."""
+
+    kind: str
+    status: int
+    body: Any
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def envelope(choices: list[dict], **more: Any) -> dict:
+    """A chunk as OpenAI frames it."""
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "fake"}
+    return {**head, "choices": choices, **more}
+
+
+def delta(finish: str | None = None, **fields: Any) -> dict:
+    """A chunk with one delta."""
+    return envelope([{"index": 0, "delta": fields, "finish_reason": finish}])
+
+
+def says(text: str | None, **fields: Any) -> dict:
+    """A first chunk: the role and some text."""
+    return delta(role="assistant", content=text, **fields)
+
+
+def call(index: int | None = 0, id: str | None = None, name: str | None = None, arguments=None):
+    """A fragment of a tool call, with only the fields that are given."""
+    fragment: dict[str, Any] = {} if index is None else {"index": index}
+    if id is not None:
+        fragment |= {"id": id, "type": "function"}
+    function = {"name": name, "arguments": arguments}
+    fragment["function"] = {key: value for key, value in function.items() if value is not None}
+    return fragment
+
+
+def calls(*fragments: dict, **fields: Any) -> dict:
+    """A chunk with fragments of tool calls."""
+    return delta(**fields, tool_calls=list(fragments))
+
+
+def usage(prompt: int = 7, completion: int = 5) -> dict:
+    """The closing chunk with the tokens used and no choices."""
+    tokens = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return envelope([], usage={**tokens, "total_tokens": prompt + completion})
+
+
+ROLE = {"role": "assistant"}
+ADD_ONE = ("add", {"a": 1})
+ADD_TWO = ("add", {"a": 2})
+CALLED = delta("tool_calls")
+STOPPED = delta("stop")
+
+STREAMS = {
+    "good": Stream(
+        "OpenAI: text, then two parallel calls, then usage",
+        [
+            says(""),
+            delta(content="Let me "),
+            delta(content="look.\n"),
+            calls(call(0, "call_a", "get_time", "")),
+            calls(call(0, arguments='{"tz":')),
+            calls(call(0, arguments='"UTC"}')),
+            calls(call(1, "call_b", "add", "")),
+            calls(call(1, arguments='{"a":1,"b":2}')),
+            CALLED,
+            usage(),
+        ],
+        text="Let me look.\n",
+        calls=[("get_time", {"tz": "UTC"}), ("add", {"a": 1, "b": 2})],
+        finish="tool_calls",
+    ),
+    "text": Stream(
+        "OpenAI: text, then usage",
+        [says(""), delta(content="Hello "), delta(content="world"), STOPPED, usage()],
+        text="Hello world",
+    ),
+    "whole_call_stop": Stream(
+        "Ollama: a whole call in one delta, and finish_reason stop",
+        [
+            says("", tool_calls=[call(0, "call_x", "get_time", '{"tz":"UTC"}')]),
+            delta("stop", role="assistant", content=""),
+        ],
+        calls=[("get_time", {"tz": "UTC"})],
+    ),
+    "same_index": Stream(
+        "two parallel calls that both claim index 0",
+        [
+            calls(call(0, "call_1", "add", '{"a":1}'), **ROLE),
+            calls(call(0, "call_2", "add", '{"a":2}')),
+            CALLED,
+        ],
+        calls=[ADD_ONE, ADD_TWO],
+        finish="tool_calls",
+    ),
+    "no_index": Stream(
+        "a call without an index",
+        [calls(call(None, "call_1", "add", "{}"), **ROLE), CALLED],
+        calls=[("add", {})],
+        finish="tool_calls",
+    ),
+    "repeats": Stream(
+        "role, id and name in every delta",
+        [
+            says("He"),
+            says("llo"),
+            calls(call(0, "call_1", "add", '{"a"'), **ROLE),
+            calls(call(0, "call_1", "add", ":1}"), **ROLE),
+            delta("tool_calls", **ROLE),
+        ],
+        text="Hello",
+        calls=[ADD_ONE],
+        finish="tool_calls",
+    ),
+    "empty_id": Stream(
+        "a call whose id is empty",
+        [calls(call(0, "", "add", '{"a":1}'), **ROLE), CALLED],
+        calls=[ADD_ONE],
+        finish="tool_calls",
+    ),
+    "dict_args": Stream(
+        "arguments as an object, not as text",
+        [calls(call(0, "call_1", "add", {"a": 1}), **ROLE), CALLED],
+        calls=[ADD_ONE],
+        finish="tool_calls",
+    ),
+    "null_fn_args": Stream(
+        "arguments null",
+        [
+            calls(call(0, "call_1") | {"function": {"name": "now", "arguments": None}}, **ROLE),
+            CALLED,
+        ],
+        calls=[("now", {})],
+        finish="tool_calls",
+    ),
+    "no_type": Stream(
+        "a call without a type",
+        [calls({"id": "call_1", **call(0, None, "add", '{"a":1}')}, **ROLE), CALLED],
+        calls=[ADD_ONE],
+        finish="tool_calls",
+    ),
+    "reasoning": Stream(
+        "DeepSeek: reasoning beside the answer",
+        [
+            says(None, reasoning_content="hm "),
+            delta(reasoning_content="yes"),
+            delta(content="ok"),
+            STOPPED,
+        ],
+        text="ok",
+    ),
+    "length": Stream("cut at the limit", [says("cut"), delta("length")], "cut", finish="length"),
+    "filter": Stream(
+        "stopped by a filter",
+        [says("cut"), delta("content_filter")],
+        "cut",
+        finish="content_filter",
+    ),
+    "azure_first": Stream(
+        "Azure: a first chunk without choices",
+        [
+            {
+                "id": "",
+                "object": "",
+                "created": 0,
+                "model": "",
+                "choices": [],
+                "prompt_filter_results": [{"prompt_index": 0}],
+            },
+            says("hi"),
+            STOPPED,
+        ],
+        text="hi",
+    ),
+    "mid_error": Stream(
+        "OpenRouter: the provider dies in mid-stream",
+        [says("par"), {"error": {"code": 502, "message": "upstream died"}}],
+        text="par",
+        finish=None,
+        broken=True,
+    ),
+    "mid_error_str": Stream(
+        "Ollama: the same, as a bare text",
+        [says("par"), {"error": "llama runner process has terminated"}],
+        text="par",
+        finish=None,
+        broken=True,
+    ),
+    "truncated": Stream(
+        "ends without finish_reason and without [DONE]",
+        [says("half an ans")],
+        text="half an ans",
+        finish=None,
+        broken=True,
+        done=False,
+    ),
+    "bad_json": Stream(
+        "a chunk that is not JSON",
+        [says("a"), "{not json"],
+        text="a",
+        finish=None,
+        broken=True,
+    ),
+    "comments": Stream(
+        "OpenRouter: a comment keeps the line open",
+        [says("a"), ": OPENROUTER PROCESSING", delta(content="b"), STOPPED],
+        text="ab",
+    ),
+    "no_created": Stream(
+        "a frame with little in it",
+        [
+            {"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "x"}}]},
+            {"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+        ],
+        text="x",
+    ),
+    "gemini_sig": Stream(
+        "Gemini: a signature that has to go back with the call",
+        [
+            calls(
+                call(0, "call_1", "add", '{"a":1}')
+                | {"extra_content": {"google": {"thought_signature": "SIG"}}},
+                **ROLE,
+            ),
+            CALLED,
+        ],
+        calls=[ADD_ONE],
+        finish="tool_calls",
+    ),
+    "same_index_no_id": Stream(
+        "two whole calls with no id, both at index 0",
+        [
+            calls(call(0, "", "add", '{"a":1}'), **ROLE),
+            calls(call(0, "", "add", '{"a":2}')),
+            STOPPED,
+        ],
+        calls=[ADD_ONE, ADD_TWO],
+    ),
+    "empty_200": Stream(
+        "LM Studio when the context is full: a stream with nothing in it",
+        [delta(**ROLE), STOPPED],
+        broken=True,
+    ),
+    "refusal": Stream(
+        "a refusal in place of content",
+        [says(None, refusal="I can"), delta(refusal="not"), STOPPED],
+        text="I cannot",
+    ),
+    "no_choices_key": Stream(
+        "a closing chunk that has no choices at all",
+        [
+            says("x"),
+            STOPPED,
+            {"id": "x", "object": "chat.completion.chunk", "usage": {"total_tokens": 3}},
+        ],
+        text="x",
+    ),
+}
+
+
+def error(
+    message: str,
+    code: str | int | None = None,
+    type: str | None = None,
+    param: str | None = None,
+    **more: Any,
+) -> dict:
+    """An error body as OpenAI frames it."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code, **more}}
+
+
+def bare(message: str, **fields: Any) -> dict:
+    """An error body with only the fields that are given."""
+    return {"error": {"message": message, **fields}}
+
+
+INVALID = "invalid_request_error"
+
+ERRORS = {
+    "e400ctx": Failure(
+        "overflow",
+        400,
+        error(
+            "This model's maximum context length is 8192 tokens. However, your messages resulted"
+            " in 9000 tokens.",
+            "context_length_exceeded",
+            INVALID,
+            "messages",
+        ),
+    ),
+    "e401": Failure(
+        "auth", 401, error("Incorrect API key provided: sk-x.", "invalid_api_key", INVALID)
+    ),
+    "e402": Failure("quota", 402, bare("Insufficient credits", code=402)),
+    "e403": Failure(
+        "auth", 403, bare("Country not supported", code="unsupported_country_region_territory")
+    ),
+    "e404": Failure("fatal", 404, error("model 'x' not found", type="not_found_error")),
+    "e408": Failure("retry", 408, bare("timeout")),
+    "e409": Failure("retry", 409, bare("conflict")),
+    "e413": Failure(
+        "overflow",
+        413,
+        bare(
+            "Request body too large for gpt-4o-mini model. Max size: 8000 tokens.",
+            code="tokens_limit_reached",
+            details="Request body too large",
+        ),
+    ),
+    "e422": Failure("fatal", 422, bare("unprocessable")),
+    "e429": Failure(
+        "rate",
+        429,
+        error("Rate limit reached", "rate_limit_exceeded", "requests"),
+        {"Retry-After": "1", "x-ratelimit-remaining-requests": "0"},
+    ),
+    "e429quota": Failure(
+        "quota",
+        429,
+        error("You exceeded your current quota", "insufficient_quota", "insufficient_quota"),
+    ),
+    "e429long": Failure("rate", 429, bare("slow"), {"Retry-After": "300"}),
+    "e500": Failure("retry", 500, bare("boom", type="api_error")),
+    "e503": Failure("retry", 503, "<html>bad gateway</html>"),
+    "e500str": Failure("retry", 500, {"error": "model runner has unexpectedly stopped"}),
+    "e400flat": Failure(
+        "fatal",
+        400,
+        {"object": "error", "message": "flat error body", "type": "BadRequestError", "code": 400},
+    ),
+    "e200err": Failure("retry", 200, bare("provider returned error", code=502)),
+    "gpt4all": Failure("fatal", 400, error("'stream' is not supported", type=INVALID)),
+    "llamacpp": Failure(
+        "overflow",
+        400,
+        bare(
+            "request (13392 tokens) exceeds the available context size (8192 tokens), try"
+            " increasing it",
+            code=400,
+            type="exceed_context_size_error",
+            n_prompt_tokens=13392,
+            n_ctx=8192,
+        ),
+    ),
+    "lmstudio": Failure(
+        "overflow",
+        400,
+        {
+            "error": "The number of tokens to keep from the initial prompt is greater than the"
+            " context length (n_keep: 13055>= n_ctx: 4096). Try to load the model with a larger"
+            " context length, or provide a shorter input."
+        },
+    ),
+    "vllm16": Failure(
+        "overflow",
+        400,
+        error(
+            "You passed 1015 input tokens and requested 10 output tokens. However, the model's"
+            " context length is only 1024 tokens, resulting in a maximum input length of 1014"
+            " tokens.",
+            400,
+            "BadRequestError",
+            "input_tokens",
+        ),
+    ),
+    "vllm_old": Failure(
+        "overflow",
+        400,
+        {
+            "object": "error",
+            "message": "This model's maximum context length is 6048 tokens. However, you requested"
+            " 6616 tokens",
+            "type": "BadRequestError",
+            "param": None,
+            "code": 400,
+        },
+    ),
+    "openrouter": Failure(
+        "overflow",
+        400,
+        bare(
+            "This endpoint's maximum context length is 262000 tokens. However, you requested about"
+            " 263390 tokens",
+            code=400,
+            metadata={"provider_name": None},
+        ),
+    ),
+    "openrouter_raw": Failure(
+        "overflow",
+        400,
+        bare(
+            "Provider returned error",
+            code=400,
+            metadata={
+                "raw": '{"error":{"message":"This model\'s maximum context length is 262144'
+                ' tokens."}}',
+                "provider_name": "Nvidia",
+            },
+        ),
+    ),
+    "ollama": Failure(
+        "overflow", 400, error("the input length exceeds the context length", type=INVALID)
+    ),
+    "gpt5": Failure(
+        "overflow",
+        400,
+        error(
+            "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in"
+            " 289650 tokens.",
+            "context_length_exceeded",
+            INVALID,
+            "messages",
+        ),
+    ),
+    "effort": Failure(
+        "parameter",
+        400,
+        error(
+            "Function tools with reasoning_effort are not supported for gpt-6-sol in"
+            " /v1/chat/completions. To use function tools, use /v1/responses or set"
+            " reasoning_effort to 'none'.",
+            None,
+            INVALID,
+            "reasoning_effort",
+        ),
+    ),
+    "max_tokens": Failure(
+        "parameter",
+        400,
+        error(
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
+            " 'max_completion_tokens' instead.",
+            "unsupported_parameter",
+            INVALID,
+            "max_tokens",
+        ),
+    ),
+}

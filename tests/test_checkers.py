@@ -1,0 +1,500 @@
+"""The checkers themselves, on made-up sections and docs: each must see what is wrong."""
+
+import os
+from pathlib import Path
+
+import check_docs
+import check_steps
+import pytest
+import transcripts
+from harness import Section
+from harness import shipped_files
+from test_steps import import_effects
+
+HEAD = """# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "python-dotenv>=1.2",
+# ]
+# ///
+"""
+ONE = f'''{HEAD}"""s01: one."""
+
+import sys
+
+from dotenv import load_dotenv
+
+# --- s01: the loop ---
+
+NOTES = {{"a": 1}}
+
+
+class Agent:
+    """Something with state."""
+
+    limit = 3
+
+    def ask(self, text):
+        return text.upper()
+
+
+def answer(text):
+    if text:
+        return Agent().ask(text)
+    return ""
+
+
+# --- main ---
+
+
+def main():
+    load_dotenv()
+    print("made-up section")
+    while True:
+        try:
+            text = input("you> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        print("agent>", answer(text), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+TWO = ONE.replace("s01: one.", "s02: two.").replace(
+    "# --- main ---",
+    """# --- s02: the tools ---
+
+TOOLS = {}
+
+
+def tool(*names):
+    return lambda function: function
+
+
+@tool("read", "/read [file]")
+def read(path):
+    return path
+
+
+# --- main ---""",
+)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Section, Section]:
+    """Two sections that keep all rules."""
+    folder = tmp_path / "sessions" / "en"
+    folder.mkdir(parents=True)
+    for name, text in (("s01_one.py", ONE), ("s02_two.py", TWO)):
+        (folder / name).write_text(text, encoding="utf-8")
+    return Section(folder / "s01_one.py"), Section(folder / "s02_two.py")
+
+
+def edit(section: Section, old: str, new: str) -> None:
+    """Change a text that must be there."""
+    assert old in section.source
+    section.path.write_text(section.source.replace(old, new, 1), encoding="utf-8")
+
+
+# --- steps ---
+
+
+def test_what_keeps_the_rules_passes(pair: tuple[Section, Section]):
+    one, two = pair
+    assert not list(check_steps.size_problems(None, one))
+    assert not list(check_steps.size_problems(one, two))
+    assert not list(check_steps.touch_problems(one, two, {}))
+    assert not list(check_steps.band_problems(one, two, "the tools"))
+    assert not list(check_steps.place_problems(one, two, {}))
+    assert not list(check_steps.header_problems(two))
+    assert not list(check_steps.standalone_problems(two))
+    assert not list(check_steps.encoding_problems(two.path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ('NOTES = {"a": 1}', 'NOTES = {"a": 2}', "NOTES"),
+        ('NOTES = {"a": 1}', 'NOTES = {"a": 1}\nNOTES["b"] = 2', "NOTES"),
+        ("limit = 3", "limit = 4", "Agent"),
+        ("class Agent:", "@final\nclass Agent:", "Agent"),
+        ("text.upper()", "text.lower()", "Agent.ask"),
+        ("    def ask", "    @cached\n    def ask", "Agent.ask"),
+        (
+            "def ask(self, text):",
+            "def new(self):\n        pass\n\n    def ask(self, text):",
+            "Agent",
+        ),
+        ('    return ""', '    return "?"', "answer"),
+        ("def answer", "def reply", "answer"),
+        ("sys.exit(main())", "main()", "__main__"),
+    ],
+)
+def test_touches_are_seen_both_ways(pair: tuple[Section, Section], old: str, new: str, name: str):
+    one, two = pair
+    edit(two, old, new)
+    assert check_steps.touched(one.source, two.source) == {name}
+    assert not list(check_steps.touch_problems(one, two, {name: "why"}))
+    (missing,) = check_steps.touch_problems(one, two, {})
+    assert f'add "{name}" = ' in missing
+    (extra,) = check_steps.touch_problems(one, two, {name: "why", "other": "why"})
+    assert "does not change other" in extra
+
+
+def test_comments_imports_and_docstrings_at_the_top_are_free(pair: tuple[Section, Section]):
+    one, two = pair
+    edit(two, "import sys\n", "import os\nimport sys\n")
+    edit(two, 'NOTES = {"a": 1}', 'NOTES = {"a": 1}  # why')
+    assert check_steps.touched(one.source, two.source) == set()
+
+
+def test_sizes_are_seen(pair: tuple[Section, Section]):
+    one, two = pair
+    edit(two, "    limit = 3\n\n    def ask(self, text):\n        return text.upper()\n", "")
+    (problem,) = check_steps.size_problems(one, two)
+    assert "survive" in problem
+    assert "-     limit = 3" in problem
+    edit(one, "NOTES", "x = 1\n" * 150 + "NOTES")
+    assert any("at most 150" in problem for problem in check_steps.size_problems(None, one))
+    edit(two, "TOOLS = {}", "".join(f"A{n} = {n}\n" for n in range(315)))
+    assert any("at most 305" in problem for problem in check_steps.size_problems(pair[0], two))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("# --- s01: the loop ---", "# --- s01: the old loop ---", "of s01 is gone or has changed"),
+        ("# --- s02: the tools ---\n", "", "the bands are"),
+        ("# --- main ---\n", "", "the bands are"),
+        ("TOOLS = {}", "# --- helpers", "not a band label"),
+        ("s02: the tools", "s02: tools", "no label '# --- s02: the tools ---'"),
+    ],
+)
+def test_bands_are_seen(pair: tuple[Section, Section], old: str, new: str, said: str):
+    edit(pair[1], old, new)
+    assert any(said in problem for problem in check_steps.band_problems(*pair, "the tools"))
+
+
+def test_places_are_seen(pair: tuple[Section, Section]):
+    edit(pair[1], "class Agent", "LIMIT = 1\n\n\nclass Agent")
+    (problem,) = check_steps.place_problems(*pair, {})
+    assert "LIMIT" in problem
+    assert not list(check_steps.place_problems(*pair, {"LIMIT": "why"}))
+    (problem,) = check_steps.place_problems(*pair, {"LIMIT": "why", "TOOLS": "why"})
+    assert "remove TOOLS" in problem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("import sys\n", "import sys\n\nimport httpx\n", "imports httpx, which its header"),
+        ("from dotenv import load_dotenv", "", "lists python-dotenv, which it does not"),
+        (">=3.11", ">=3.9", "requires-python"),
+        ("#     ", '#     "x>=1", ', "does not stand on a line of its own"),
+        ('"python-dotenv>=1.2"', '"python-dotenv"', "no lower bound"),
+        ("# /// script", "# ///", "does not begin with"),
+    ],
+)
+def test_headers_are_seen(pair: tuple[Section, Section], old: str, new: str, said: str):
+    edit(pair[1], old, new)
+    assert any(said in problem for problem in check_steps.header_problems(pair[1]))
+
+
+def test_requirements_are_seen(pair: tuple[Section, Section], tmp_path: Path):
+    listing = tmp_path / "requirements.txt"
+    listing.write_text("# all\nPython_Dotenv>=1.2\n", encoding="utf-8")
+    assert not list(check_steps.requirement_problems(pair, tmp_path))
+    listing.write_text("python-dotenv>=1.3\nhttpx>=1\n", encoding="utf-8")
+    found = list(check_steps.requirement_problems(pair, tmp_path))
+    assert [problem.split()[0] for problem in found] == ["s01", "s02", "requirements.txt"]
+
+
+@pytest.mark.parametrize("line", ["import s01_one", "from .s01_one import x", "import sessions.en"])
+def test_imports_of_sections_are_seen(pair: tuple[Section, Section], line: str):
+    edit(pair[1], "import sys\n", f"import sys\n{line}\n")
+    assert any("stands alone" in problem for problem in check_steps.standalone_problems(pair[1]))
+
+
+@pytest.mark.parametrize(
+    ("line", "fine"),
+    [
+        ("open('x')", False),
+        ("open('x', 'w')", False),
+        ("open('x', 'rb')", True),
+        ("open('x', mode='ab')", True),
+        ("open('x', encoding='utf-8')", True),
+        ("path.open()", False),
+        ("path.open('wb')", True),
+        ("path.read_text()", False),
+        ("path.read_text(encoding='utf-8')", True),
+        ("path.write_text('x')", False),
+        ("path.read_bytes()", True),
+        ("os.open('x', 0)", True),
+    ],
+)
+def test_encodings_are_seen(pair: tuple[Section, Section], line: str, fine: bool):
+    edit(pair[1], "    return path", f"    return {line}")
+    assert bool(list(check_steps.encoding_problems(pair[1].path))) != fine
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("pass", ""),
+        ("print('hi')", "prints 'hi'"),
+        ("open('made.txt', 'w').close()", "made.txt"),
+        ("import socket; socket.socket()", "socket.__new__"),
+        ("import threading; threading.Thread(target=input, daemon=True).start()", "thread"),
+        ("load_dotenv('.env')", ".env"),
+        ("import os; os.environ['X'] = 'y'", "the environment changed"),
+        ("raise OSError('no')", "OSError: no"),
+    ],
+)
+def test_effects_of_an_import_are_seen(
+    pair: tuple[Section, Section],
+    tmp_path: Path,
+    env: dict[str, str],
+    workspace: Path,
+    line: str,
+    said: str,
+):
+    edit(pair[1], "NOTES", f"{line}\nNOTES")
+    found = list(import_effects(pair[1], tmp_path, env, workspace))
+    assert any(said in problem for problem in found) if said else not found
+
+
+# --- docs ---
+
+DOC = """# s02: tools
+
+## What changes
+
+**8 lines added, 1 gone**
+
+New names: `TOOLS`, `read`,
+`/read`.
+Touched: nothing.
+
+```python
+class Agent:
+    ...
+    def ask(self, text):
+        return text.upper()
+```
+
+```python
+if text:
+    return Agent().ask(text)
+```
+"""
+
+
+def test_a_true_doc_passes(pair: tuple[Section, Section]):
+    one, two = pair
+    assert not list(check_docs.excerpt_problems(DOC, two.source))
+    assert not list(check_docs.figure_problems(DOC, one, two))
+    assert not list(check_docs.name_problems(DOC, one, two, {}))
+    assert not list(check_docs.figure_problems("**49 lines**", None, one))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("text.upper()", "text.lower()"),
+        ("    def ask", "def ask"),
+        ("    ...\n", ""),
+        ("    return Agent", "return Agent"),
+        ("if text:\n    return Agent().ask(text)", "return Agent().ask(text)\nif text:"),
+    ],
+)
+def test_excerpts_are_seen(old: str, new: str):
+    assert old in DOC
+    (problem,) = check_docs.excerpt_problems(DOC.replace(old, new), TWO)
+    assert "does not stand in the script" in problem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("**8 lines added, 1 gone**", "**9 lines added, 1 gone**", "must say **8 lines added, 1"),
+        ("**8 lines added, 1 gone**", "", "must say **8 lines added, 1 gone**"),
+        ("`TOOLS`", "`NOTES`", "NOTES is not new"),
+        ("`/read`", "`/write`", "/write is not new"),
+        ("New names:", "New:", "New names:"),
+        ("nothing", "`main`", "Touched: ['main']"),
+        ("nothing", "a little", "must say nothing"),
+        ("Touched:", "Changed:", "Touched:"),
+    ],
+)
+def test_figures_and_names_are_seen(pair: tuple[Section, Section], old: str, new: str, said: str):
+    doc = DOC.replace(old, new)
+    found = [*check_docs.figure_problems(doc, *pair), *check_docs.name_problems(doc, *pair, {})]
+    assert any(said in problem for problem in found)
+
+
+def test_touched_names_are_those_of_the_steps(pair: tuple[Section, Section]):
+    doc = DOC.replace("nothing.", "`main`, `Agent.ask`.")
+    touches = {"main": "why", "Agent.ask": "why"}
+    assert not list(check_docs.name_problems(doc, *pair, touches))
+    assert list(check_docs.name_problems(doc, *pair, {"main": "why"}))
+
+
+def test_shape_is_seen():
+    text = "text\n" * 12
+    doc = "".join(f"## {heading}\n{text}" for heading in check_docs.HEADINGS)
+    assert not list(check_docs.shape_problems(doc))
+    assert "no heading" in next(check_docs.shape_problems(doc.replace("## Next", "## Then")))
+    swapped = doc.replace("## Next", "## X").replace("## Try it", "## Next")
+    assert any(
+        "order" in p for p in check_docs.shape_problems(swapped.replace("## X", "## Try it"))
+    )
+    assert "lines, not" in next(check_docs.shape_problems(doc * 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "fine"),
+    [
+        ("[a](other.md)", True),
+        ("[a](other.md#part-one-call_model)", True),
+        ("[a](other.md#part-two)", False),
+        ("[a](#here)", True),
+        ("[a](#there)", False),
+        ("[a](missing.md)", False),
+        ("[a](../../outside.md)", False),
+        ("[a](https://example.org/x)", True),
+        ("`[a](missing.md)`", True),
+        ("```text\n[a](missing.md)\n```", True),
+        ("`sessions/doc.md`", True),
+        ("`sessions/missing.py`", False),
+        ("`python sessions/missing.py s01`", False),
+        ("`sessions/en/sNN_*.py`", True),
+    ],
+)
+def test_links_and_paths_are_seen(tmp_path: Path, text: str, fine: bool):
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    other = "# Part one: `call_model`\n"
+    (folder / "other.md").write_text(other, encoding="utf-8")
+    doc = folder / "doc.md"
+    doc.write_text(f"# Here\n\n{text}\n", encoding="utf-8")
+    found = [*check_docs.link_problems(doc, tmp_path), *check_docs.path_problems(doc, tmp_path)]
+    assert bool(found) != fine, found
+
+
+README = """
+    python sessions/offline_model.py s01
+    python -m pytest
+
+| section | idea | lines |
+|---|---|---|
+| [s01](sessions/en/s01_one.md) | the loop | 49 |
+| s02 | tools | 63 |
+"""
+
+
+def test_readme_is_checked(pair: tuple[Section, Section]):
+    assert not list(check_docs.readme_problems(README, pair))
+    for old, new in (
+        ("| 49 |", "| 48 |"),
+        ("| s02 |", "| s03 |"),
+        ("pytest", "x"),
+        ("s01\n", "\n"),
+    ):
+        assert list(check_docs.readme_problems(README.replace(old, new, 1), pair)), old
+
+
+# --- transcripts ---
+
+
+def test_what_may_differ_and_what_may_not():
+    doc = [
+        "on http://127.0.0.1:8123/v1 at 12:30:05, 2026-01-02, took 1.5 s",
+        "new 1a2b3c4d",
+        "...",
+        "old 1a2b3c4d, other 99887766",
+    ]
+    screen = [
+        "on http://127.0.0.1:50111/v1 at 09:01:59, 2026-11-22, took 12.25 s",
+        "new aaaabbbb",
+        "anything",
+        "at all cccc1111",
+        "old aaaabbbb, other 12341234",
+    ]
+    assert transcripts.same(doc, screen)
+    assert transcripts.same(doc, [*screen[:2], screen[4]])
+    assert not transcripts.same(doc, [line.replace("took", "used") for line in screen])
+    assert not transcripts.same(doc, [*screen[:4], "old cccc1111, other 12341234"])
+    assert not transcripts.same(doc, [*screen[:4], "old aaaabbbb, other aaaabbbb"])
+    assert not transcripts.same(doc, [*screen, "one more"])
+
+
+SERVER = """
+print("serving", flush=True)
+try:
+    input()
+except KeyboardInterrupt:
+    print()
+print("stopped")
+"""
+needs_terminal = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal and a shell")
+DIALOG = """$ python sessions/en/s01_one.py
+made-up section
+you> hello
+agent> HELLO
+you>
+agent>
+you> world
+agent> WORLD
+you>
+$ ls sessions/en
+s01_one.py
+s02_two.py
+$ printf 'hi\\n' | A=1 python sessions/en/s02_two.py
+made-up section
+you> agent> HI
+you>
+"""
+
+
+@needs_terminal
+def test_transcripts_are_run(pair: tuple[Section, Section], tmp_path: Path):
+    assert transcripts.problems(DIALOG, tmp_path / "a", root=tmp_path) == ""
+    for end in ("you> ^D\n", "you> ^C\n"):
+        block = DIALOG.partition("you>\n$")[0] + end
+        assert transcripts.problems(block, tmp_path / end[6], root=tmp_path) == ""
+
+
+@needs_terminal
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("agent> WORLD", "agent> WORLT", "-agent> WORLT"),
+        ("made-up section\nyou> hello", "you> hello", "+made-up section"),
+        ("s02_two.py\n$", "$", "+s02_two.py"),
+        ("agent> HI", "agent> HO", "-you> agent> HO"),
+    ],
+)
+def test_transcripts_that_lie_are_seen(
+    pair: tuple[Section, Section], tmp_path: Path, old: str, new: str, said: str
+):
+    assert old in DIALOG
+    assert said in transcripts.problems(DIALOG.replace(old, new), tmp_path / "a", root=tmp_path)
+
+
+@needs_terminal
+def test_a_server_is_stopped_by_a_key(tmp_path: Path):
+    (tmp_path / "sessions").mkdir()
+    path = tmp_path / "sessions" / "server.py"
+    path.write_text(SERVER, encoding="utf-8")
+    block = "$ python sessions/server.py\nserving\n^C\nstopped\n"
+    assert transcripts.problems(block, tmp_path / "a", root=tmp_path) == ""
+
+
+def test_the_copy_leaves_secrets_behind(tmp_path: Path):
+    for name in (".env", "kept.txt", "__pycache__/x.pyc"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x", encoding="utf-8")
+    assert [path.name for path in shipped_files(".", tmp_path)] == ["kept.txt"]

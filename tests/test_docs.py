@@ -1,0 +1,83 @@
+"""The docs tell the truth: excerpts, transcripts, figures, names, links."""
+
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import check_docs
+import pytest
+import transcripts
+from harness import REPO
+from harness import Section
+from harness import sections
+
+STEPS = tomllib.loads(Path(__file__).with_name("steps.toml").read_text(encoding="utf-8"))
+SECTIONS = sections()
+DOCUMENTED = [
+    (before, after)
+    for before, after in zip([None, *SECTIONS], SECTIONS, strict=False)
+    if after.doc.exists()
+]
+README = REPO / "README.md"
+each_doc = pytest.mark.parametrize(
+    ("before", "after"), DOCUMENTED, ids=[after.label for _, after in DOCUMENTED]
+)
+TRANSCRIPTS = [
+    pytest.param(block, id=f"{path.stem[:3]}-line-{block.line}")
+    for path in [*(after.doc for _, after in DOCUMENTED), README]
+    if path.exists()
+    for block in check_docs.blocks(path.read_text(encoding="utf-8"), "console")
+]
+needs_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
+
+
+def none(path: Path, problems: Iterable[str]) -> None:
+    """Fail with all complaints at once."""
+    found = [f"{path.name}: {problem}" for problem in problems]
+    assert not found, "\n" + "\n".join(found)
+
+
+def text_of(section: Section) -> str:
+    return section.doc.read_text(encoding="utf-8")
+
+
+@each_doc
+def test_excerpts(before: Section | None, after: Section):
+    none(after.doc, check_docs.excerpt_problems(text_of(after), after.source))
+
+
+@each_doc
+def test_shape(before: Section | None, after: Section):
+    none(after.doc, check_docs.shape_problems(text_of(after)))
+
+
+@each_doc
+def test_figures(before: Section | None, after: Section):
+    none(after.doc, check_docs.figure_problems(text_of(after), before, after))
+
+
+@each_doc
+def test_names(before: Section | None, after: Section):
+    touches = STEPS.get(after.label, {}).get("touches", {})
+    none(after.doc, check_docs.name_problems(text_of(after), before, after, touches))
+
+
+@each_doc
+def test_links_and_paths(before: Section | None, after: Section):
+    none(after.doc, check_docs.link_problems(after.doc, REPO))
+    none(after.doc, check_docs.path_problems(after.doc, REPO))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal and a shell")
+@pytest.mark.parametrize("block", TRANSCRIPTS)
+def test_transcripts(block: check_docs.Block, tmp_path: Path):
+    found = transcripts.problems(block.text, tmp_path)
+    assert not found, f"\n{found}"
+
+
+@needs_readme
+def test_readme():
+    none(README, check_docs.link_problems(README, REPO))
+    none(README, check_docs.path_problems(README, REPO))
+    none(README, check_docs.readme_problems(README.read_text(encoding="utf-8"), SECTIONS))

@@ -1,0 +1,461 @@
+"""The stand-in model: the wire as strict as a real server's, its tempers, and its launcher."""
+
+import base64
+import http.client
+import json
+import re
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from types import ModuleType
+from types import SimpleNamespace
+
+import openai
+import pytest
+from fake_model import check_history
+from harness import FOLDER
+from harness import REPO
+from harness import Screen
+from harness import load
+from harness import pipe
+
+SCRIPT = REPO / "sessions" / "offline_model.py"
+COMMAND = [sys.executable, str(SCRIPT)]
+MODELS = ["offline", "offline-clumsy", "offline-flaky", "offline-small"]
+ABOUT = "a stand-in with rules, not a language model"
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def tool(name: str, *fields: str) -> dict:
+    properties = {field: {"type": "string"} for field in fields}
+    schema = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+ASK = {"model": "offline", "messages": [user("hello")]}
+READ = tool("read_file", "path")
+CALL = {"id": "c1", "type": "function", "function": {"name": "read_file", "arguments": "{}"}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "x"}
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    return load(SCRIPT)
+
+
+@pytest.fixture
+def server(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A server, the SDK's client for it, and `post`, which sends a body as it is."""
+    monkeypatch.setenv("OFFLINE_STALL", "1")
+    running = module.serve(port=0, pace=0)
+    port = running.server_port
+    client = openai.OpenAI(api_key="offline", base_url=running.url, max_retries=0, timeout=0.5)
+
+    def post(body: object, path: str = "/v1/chat/completions", key: str = "offline") -> tuple:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            return send(connection, body, path, key)
+
+    with client:
+        yield SimpleNamespace(port=port, client=client, post=post, chat=client.chat.completions)
+    running.shutdown()
+    running.server_close()
+
+
+def send(connection, body: object, path: str, key: str = "offline", method: str = "POST") -> tuple:
+    """The status and the JSON of one exchange on a connection."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, raw, {"Authorization": f"Bearer {key}"})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def outcome(server: SimpleNamespace, stream: bool = True, **body) -> tuple[str, object]:
+    """What became of a request: its finish_reason and message, or the name of what went wrong."""
+    text, calls, finish = "", {}, None
+    try:
+        reply = server.chat.create(**ASK | body, stream=stream)
+        for chunk in reply if stream else [reply]:
+            if not chunk.choices:
+                break
+            choice = chunk.choices[0]
+            part = choice.delta if stream else choice.message
+            finish = choice.finish_reason or finish
+            text += part.content or ""
+            for number, piece in enumerate(part.tool_calls or ()):
+                index = piece.index if stream else number
+                call = calls.setdefault(index, [piece.id, piece.function.name, ""])
+                call[2] += piece.function.arguments or ""
+    except openai.APIStatusError as error:
+        return str(error.status_code), error.body
+    except openai.APITimeoutError:
+        return "stall", None
+    except openai.APIConnectionError:
+        return "drop", text
+    return str(finish) if finish or text else "error 200", list(calls.values()) or text
+
+
+# --- the wire ---
+
+
+def test_endpoints_with_the_sdk(server: SimpleNamespace):
+    assert [model.id for model in server.client.models.list()] == [*MODELS, "offline-embed"]
+    answer = server.chat.create(**ASK)
+    assert answer.choices[0].finish_reason == "stop"
+    assert "stand-in" in answer.choices[0].message.content
+    usage = answer.usage
+    assert usage.prompt_tokens > 0 < usage.completion_tokens
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert ABOUT in send(connect(server), b"", "/", method="GET")[1]["about"]
+
+
+def connect(server: SimpleNamespace) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "embeddings", "models"])
+@pytest.mark.parametrize("key", ["wrong", ""])
+def test_the_key_is_checked(server: SimpleNamespace, path: str, key: str):
+    method = "GET" if path == "models" else "POST"
+    status, body = send(connect(server), ASK, f"/v1/{path}", key, method)
+    assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_the_stream_is_the_answer_in_pieces(server: SimpleNamespace):
+    question = {"messages": [user("repeat 你好 my dear   friend\nand goodbye")]}
+    whole = outcome(server, stream=False, **question)
+    assert whole == outcome(server, **question) == ("stop", "你好 my dear   friend\nand goodbye")
+    options = {"include_usage": True}
+    chunks = list(server.chat.create(**ASK | question, stream=True, stream_options=options))
+    assert len(chunks) > 6 and chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
+    assert not any(chunk.usage for chunk in chunks[:-1])
+    assert len(list(server.chat.create(**ASK | question, stream=True))) == len(chunks) - 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_tool_calls(server: SimpleNamespace, stream: bool):
+    body = {"tools": [READ], "messages": [user("read a.txt and b.txt")]}
+    finish, calls = outcome(server, stream, **body)
+    assert finish == "tool_calls"
+    assert [(name, json.loads(text)) for _, name, text in calls] == [
+        ("read_file", {"path": "a.txt"}),
+        ("read_file", {"path": "b.txt"}),
+    ]
+    made = [CALL | {"id": c[0], "function": {"name": c[1], "arguments": c[2]}} for c in calls]
+    results = [RESULT | {"tool_call_id": call["id"], "content": call["id"]} for call in made]
+    history = [*body["messages"], CALLED | {"tool_calls": made}, *results]
+    check_history(history)
+    finish, text = outcome(server, stream, **body | {"messages": history})
+    assert finish == "stop" and all(call["id"] in text for call in made)
+    assert len(outcome(server, stream, **body, parallel_tool_calls=False)[1]) == 1
+
+
+def test_it_remembers_the_conversation(server: SimpleNamespace):
+    said = [user("my cat is Mia"), {"role": "assistant", "content": "Noted."}]
+    assert "Mia" in outcome(server, messages=[*said, user("what is my cat?")])[1]
+    assert "Mia" not in outcome(server, messages=[user("what is my cat?")])[1]
+    assert outcome(server) == outcome(server)
+
+
+STRANGE = {
+    "no messages": {"messages": []},
+    "messages a text": {"messages": "hi"},
+    "no model": {"model": None},
+    "unknown argument": {"max_token": 5},
+    "unknown key": {"messages": [user("hi") | {"mood": "good"}]},
+    "unknown role": {"messages": [{"role": "bot", "content": "x"}]},
+    "content null": {"messages": [{"role": "user", "content": None}]},
+    "content a list": {"messages": [{"role": "user", "content": ["x"]}]},
+    "two users": {"messages": [user("a"), user("b")]},
+    "assistant first": {"messages": [{"role": "assistant", "content": "x"}]},
+    "assistant last": {"messages": [user("a"), {"role": "assistant", "content": "x"}]},
+    "late system": {"messages": [user("a"), {"role": "system", "content": "x"}]},
+    "orphan result": {"messages": [user("a"), RESULT]},
+    "missing result": {"messages": [user("a"), CALLED]},
+    "missing result, then user": {"messages": [user("a"), CALLED, user("b")]},
+    "two results": {"messages": [user("a"), CALLED, RESULT, RESULT]},
+    "user after result": {"messages": [user("a"), CALLED, RESULT, user("b")]},
+    "result without id": {"messages": [user("a"), CALLED, {"role": "tool", "content": "x"}]},
+    "id with a user": {"messages": [user("a") | {"tool_call_id": "c1"}]},
+    "calls null": {"messages": [user("a"), CALLED | {"tool_calls": None, "content": "x"}]},
+    "calls empty": {"messages": [user("a"), CALLED | {"tool_calls": []}]},
+    "same id": {"messages": [user("a"), CALLED | {"tool_calls": [CALL, CALL]}, RESULT, RESULT]},
+    "empty id": {"messages": [user("a"), CALLED | {"tool_calls": [CALL | {"id": ""}]}]},
+    "no tools": {"tools": []},
+    "tool twice": {"tools": [READ, READ]},
+    "tool with a bad name": {"tools": [tool("read file")]},
+    "tool without a name": {"tools": [{"type": "function", "function": {}}]},
+    "choice without tools": {"tool_choice": "auto"},
+    "parallel without tools": {"parallel_tool_calls": True},
+    "usage without stream": {"stream_options": {"include_usage": True}},
+    "no room": {"max_tokens": 0},
+    "temperature a text": {"temperature": "warm"},
+    "stream a number": {"stream": 1},
+    "two answers": {"n": 2},
+}
+for text in ("", "{broken", "[1]", "null", '{"a": NaN}', "[" * 5000):
+    function = {"name": "read_file", "arguments": text}
+    history = [user("a"), CALLED | {"tool_calls": [CALL | {"function": function}]}, RESULT]
+    STRANGE[f"arguments {text[:9]}"] = {"messages": history}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_a_strict_server_refuses(server: SimpleNamespace, name: str):
+    status, answer = server.post({**ASK, **STRANGE[name]})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert answer["error"]["message"]
+
+
+def test_what_a_strict_server_takes(server: SimpleNamespace):
+    system = {"role": "system", "content": "Be brief."}
+    answered = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    history = [system, user("a"), CALLED, RESULT, answered, user("hello")]
+    more = {"tools": [READ], "tool_choice": "auto", "temperature": 0.5, "max_tokens": 50}
+    assert server.post(ASK | {"messages": history} | more)[0] == 200
+
+
+@pytest.mark.parametrize("raw", [b"", b"{broken", b"[]", b"5", b"\xff", b"[" * 100_000])
+def test_bodies_that_are_no_object(server: SimpleNamespace, raw: bytes):
+    for path in ("/v1/chat/completions", "/v1/embeddings"):
+        assert server.post(raw, path)[0] == 400
+
+
+def test_unknown_models_paths_and_methods(server: SimpleNamespace):
+    status, answer = server.post(ASK | {"model": "gpt-9"})
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert all(model in answer["error"]["message"] for model in MODELS)
+    assert server.post(ASK, "/chat/completions")[0] == 404
+    assert send(connect(server), ASK, "/v1/models", method="PUT")[0] == 404
+    assert server.post({"model": "offline", "input": "x"}, "/v1/embeddings")[0] == 404
+
+
+def test_one_connection_serves_many_requests(server: SimpleNamespace):
+    connection = connect(server)
+    connection.connect()
+    first = connection.sock
+    bodies = (ASK, b"{broken", ASK | {"model": "x"}, ASK)
+    found = [send(connection, body, "/v1/chat/completions")[0] for body in bodies]
+    assert found == [200, 400, 404, 200]
+    raw = json.dumps(ASK | {"stream": True})
+    connection.request("POST", "/v1/chat/completions", raw, {"Authorization": "Bearer offline"})
+    assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
+    assert send(connection, b"", "/", method="GET")[0] == 200
+    assert connection.sock is first
+
+
+def test_bodies_too_big_or_without_a_length(server: SimpleNamespace, module: ModuleType):
+    assert server.post(b" " * (module.MAX_BODY + 1))[0] == 413
+    connection = connect(server)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    assert connection.getresponse().status == 411
+
+
+# --- limits and tempers ---
+
+
+def test_the_answer_ends_at_the_callers_limit(server: SimpleNamespace):
+    question = {"messages": [user("count to 500")]}
+    whole = outcome(server, **question)[1]
+    for limit in ({"max_tokens": 20}, {"max_completion_tokens": 20}):
+        finish, text = outcome(server, **question, **limit)
+        assert finish == "length" and whole.startswith(text) and 20 < len(text) < 200
+    assert outcome(server, **question, max_tokens=5000) == ("stop", whole)
+
+
+def test_the_window_of_the_small_model(server: SimpleNamespace):
+    status, error = outcome(server, model="offline-small", messages=[user("x " * 10_000)])
+    assert (status, error["code"]) == ("400", "context_length_exceeded")
+    assert "4096" in error["message"]
+    question = [user(f"count to 2000\n{'x ' * 6000}")]
+    assert outcome(server, messages=question)[0] == "stop"
+    finish, text = outcome(server, model="offline-small", messages=question)
+    assert finish == "length" and text.startswith("1 2 3")
+    usage = server.chat.create(model="offline-small", messages=question).usage
+    assert usage.total_tokens <= 4096
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clumsy_shows_each_mistake_soon(server: SimpleNamespace, stream: bool):
+    body = {"model": "offline-clumsy", "tools": [READ], "messages": [user("read a and read b")]}
+    seen = set()
+    for _ in range(4):
+        finish, calls = outcome(server, stream, **body)
+        whole = {json_or_none(text) is not None for _, _, text in calls}
+        seen.add((finish, whole == {True}, len({call[0] for call in calls})))
+    assert seen == {
+        ("tool_calls", False, 2),
+        ("stop", True, 2),
+        ("tool_calls", True, 1),
+        ("tool_calls", True, 2),
+    }
+    words = [outcome(server, stream, model="offline-clumsy") for _ in range(3)]
+    assert sorted(finish for finish, _ in words) == ["length", "stop", "stop"]
+
+
+def json_or_none(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_flaky_shows_each_failure_soon(server: SimpleNamespace, stream: bool):
+    seen = [outcome(server, stream, model="offline-flaky")[0] for _ in range(8)]
+    broken = {"None"} if stream else {"drop"}
+    assert set(seen) == {"stop", "429", "500", "stall", "drop", "error 200"} | broken
+    assert seen.count("stop") == 2
+
+
+def test_flaky_tells_when_to_come_back(server: SimpleNamespace):
+    with pytest.raises(openai.RateLimitError) as caught:
+        for _ in range(2):
+            server.chat.create(**ASK | {"model": "offline-flaky"})
+    assert caught.value.response.headers["retry-after"] == "1"
+
+
+# --- embeddings ---
+
+
+def test_embeddings(server: SimpleNamespace):
+    make = server.client.embeddings.create
+    texts = ["the cat sat on the mat", "a cat on a mat", "quarterly tax report"]
+    floats = [d.embedding for d in make(model="offline-embed", input=texts).data]
+    near, far = (sum(x * y for x, y in zip(floats[0], v, strict=True)) for v in floats[1:])
+    assert near > far
+    assert sum(x * x for x in floats[0]) == pytest.approx(1)
+    body = {"model": "offline-embed", "input": texts[0]}
+    plain = server.post(body, "/v1/embeddings")[1]["data"][0]["embedding"]
+    packed = server.post(body | {"encoding_format": "base64"}, "/v1/embeddings")[1]["data"][0]
+    numbers = struct.unpack("<256f", base64.b64decode(packed["embedding"]))
+    assert list(numbers) == pytest.approx(plain, abs=1e-6)
+    assert floats[0] == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more", [{"input": ""}, {"input": []}, {"input": [5]}, {"dims": 5}, {"encoding_format": "hex"}]
+)
+def test_embeddings_refused(server: SimpleNamespace, more: dict):
+    body = {"model": "offline-embed", "input": "x"} | more
+    assert server.post(body, "/v1/embeddings")[0] == 400
+
+
+def test_answers_do_not_depend_on_the_process(env: dict):
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import offline_model as m
+        body = {{"model": "offline", "messages": [{{"role": "user", "content": "hello cat"}}]}}
+        print(m.embed("hello cat")[:99], m.complete(body, None))"""
+    runs = [
+        pipe([sys.executable, "-B", "-c", code], "", env | {"PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stderr == "" and "0." in runs[0].stdout
+    assert runs[0].stdout == runs[1].stdout
+
+
+# --- the launcher ---
+
+
+def test_the_launcher_on_a_terminal(env: dict):
+    elsewhere = {"OPENAI_API_KEY": "sk-cloud", "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+    elsewhere |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    with Screen([*COMMAND, "s01"], env | elsewhere) as screen:
+        screen.wait_for("you> ")
+        assert ABOUT in screen.text.splitlines()[0]
+        screen.type("count to 2000\n")
+        screen.wait_for(" 5 6 7 ")
+        screen.press("ctrl-c")
+        screen.wait_for("you> ")
+        screen.type("my cat is Mia\n")
+        screen.wait_for("your cat is Mia")
+        screen.wait_for("you> ")
+        screen.type("what is my cat?\n")
+        screen.wait_for("cat is Mia")
+        screen.wait_for("you> ")
+        screen.press("ctrl-c")
+        assert screen.wait_exit() == 0
+        assert "Traceback" not in screen.text
+
+
+def test_the_launcher_passes_the_exit_status_on(env: dict):
+    env |= {"OFFLINE_PACE": "0"}
+    done = pipe([*COMMAND, "s01"], "hello\n", env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ABOUT in done.stdout.splitlines()[0] and "agent> Hello!" in done.stdout
+    done = pipe([*COMMAND, "--model", "offline-flaky", "s01"], "one\ntwo\nthree\n", env)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "429" in done.stdout and 'You said: "three"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "word"),
+    [
+        (["s99"], 2, "s01"),
+        (["agent_loop"], 2, "s01"),
+        (["../s01"], 2, "s01"),
+        (["--model", "gpt-9", "s01"], 2, "offline-small"),
+        (["--model"], 2, "--model"),
+        (["--wrong", "s01"], 2, "--port"),
+        (["--port", "many"], 2, "65535"),
+        (["--port=99999"], 2, "65535"),
+    ],
+)
+def test_the_launcher_refuses_in_one_line(env: dict, args: list[str], status: int, word: str):
+    done = pipe([*COMMAND, *args], "", env)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert word in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("setting", ["OFFLINE_PACE=slow", "OFFLINE_STALL=slow", "OFFLINE_PACE=inf"])
+def test_bad_settings_are_refused_in_one_line(env: dict, setting: str):
+    name, _, value = setting.partition("=")
+    done = pipe([*COMMAND, "s01"], "", env | {name: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert name in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken(env: dict):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for args in (["--port", port], ["--port", port, "s01"]):
+            done = pipe([*COMMAND, *args], "", env)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert port in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_it_serves_alone_and_prints_what_goes_into_dotenv(env: dict):
+    with Screen([*COMMAND, "--port", "0", "--model=offline-small"], env) as screen:
+        screen.wait_for("MODEL_ID=offline-small")
+        assert ABOUT in screen.text.splitlines()[0]
+        settings = dict(re.findall(r"^([A-Z_]+)=(\S+)$", screen.text, re.M))
+        assert len(settings) == 3
+        client = openai.OpenAI(
+            api_key=settings["OPENAI_API_KEY"], base_url=settings["OPENAI_BASE_URL"]
+        )
+        answer = client.chat.completions.create(**ASK | {"model": settings["MODEL_ID"]})
+        assert "stand-in" in answer.choices[0].message.content
+        screen.press("ctrl-c")
+        assert screen.wait_exit() == 0
+        assert "Traceback" not in screen.text
+
+
+def test_help_and_header(env: dict):
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "offline-flaky" in done.stdout
+    scripts = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("s*.py"))]
+    needed = {name for text in scripts for name in requirements(text)}
+    assert needed and needed <= requirements(SCRIPT.read_text(encoding="utf-8"))
+
+
+def requirements(text: str) -> set[str]:
+    """The dependencies of a PEP 723 header."""
+    return set(re.findall(r'^#\s+"([^"]+)",$', text.partition("# ///\n")[0], re.M))

@@ -1,0 +1,115 @@
+"""The ladder holds: each section is the one before plus one idea, declared in steps.toml."""
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import check_steps
+import pytest
+from harness import REPO
+from harness import Section
+from harness import sections
+
+STEPS = tomllib.loads(Path(__file__).with_name("steps.toml").read_text(encoding="utf-8"))
+SECTIONS = sections()
+PAIRS = list(zip([None, *SECTIONS], SECTIONS, strict=False))
+each_pair = pytest.mark.parametrize(
+    ("before", "after"), PAIRS, ids=[section.label for section in SECTIONS]
+)
+
+
+def none(problems: Iterable[str]) -> None:
+    """Fail with all complaints at once."""
+    found = list(problems)
+    assert not found, "\n" + "\n".join(found)
+
+
+def step(section: Section) -> dict:
+    """What steps.toml says of a section."""
+    return STEPS.get(section.label, {})
+
+
+def test_sections_are_numbered_without_gaps():
+    labels = [section.label for section in SECTIONS]
+    assert labels == [f"s{number:02}" for number in range(1, len(labels) + 1)]
+
+
+@each_pair
+def test_declared(before: Section | None, after: Section):
+    assert step(after).get("title"), f"steps.toml: [{after.label}] has no title"
+    assert step(after).get("idea"), f"steps.toml: [{after.label}] has no idea"
+    reasons = {**step(after).get("touches", {}), **step(after).get("elsewhere", {})}
+    assert all(reasons.values()), f"steps.toml: a reason of {after.label} is empty"
+
+
+@each_pair
+def test_size(before: Section | None, after: Section):
+    none(check_steps.size_problems(before, after))
+
+
+@each_pair
+def test_touches(before: Section | None, after: Section):
+    if before is None:
+        assert not step(after).get("touches")
+    else:
+        none(check_steps.touch_problems(before, after, step(after).get("touches", {})))
+
+
+@each_pair
+def test_bands(before: Section | None, after: Section):
+    none(check_steps.band_problems(before, after, step(after).get("title")))
+    none(check_steps.place_problems(before, after, step(after).get("elsewhere", {})))
+
+
+def test_header_and_imports(section: Section):
+    none(check_steps.header_problems(section))
+    none(check_steps.standalone_problems(section))
+
+
+def test_requirements():
+    if not SECTIONS:
+        pytest.skip("no sections yet")
+    none(check_steps.requirement_problems(SECTIONS, REPO))
+
+
+def test_encoding(section: Section):
+    none(check_steps.encoding_problems(section.path))
+
+
+def test_encoding_of_the_offline_model():
+    path = REPO / "sessions" / "offline_model.py"
+    if not path.exists():
+        pytest.skip("there is no sessions/offline_model.py yet")
+    none(check_steps.encoding_problems(path))
+
+
+def test_importing_does_nothing_else(
+    section: Section, tmp_path: Path, env: dict[str, str], workspace: Path
+):
+    none(import_effects(section, tmp_path, env, workspace))
+
+
+def import_effects(section: Section, folder: Path, env: dict[str, str], workspace: Path):
+    """What importing a section does besides defining things."""
+    here, result = folder / "cwd", folder / "effects.txt"
+    here.mkdir()
+    (here / ".env").write_text("OPENAI_API_KEY=from-a-file\n", encoding="utf-8")
+    files = {*workspace.rglob("*"), *here.rglob("*")}
+    modules = check_steps.top_level_imports(section.source)
+    done = subprocess.run(
+        [sys.executable, "-c", check_steps.PROBE, str(section.path), *modules],
+        cwd=here,
+        env=env | {"PROBE_RESULT": str(result)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    yield from (f"{section.label}: on import: {line}" for line in done.stderr.splitlines())
+    yield from (f"{section.label}: on import it prints {s!r}" for s in done.stdout.splitlines())
+    made = {*workspace.rglob("*"), *here.rglob("*")} - files
+    yield from (f"{section.label}: on import it makes {path}" for path in sorted(made))
+    if result.exists():
+        effects = result.read_text(encoding="utf-8").splitlines()
+        yield from (f"{section.label}: on import: {effect}" for effect in effects)
