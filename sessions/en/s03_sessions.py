@@ -644,13 +644,12 @@ def estimate(value: object) -> int:
 
 def is_message(message: object) -> bool:
     """Whether what a file holds is a message, in all that is used of it here."""
-    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "tool"):
-        return False
-    calls = message.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        return False
-    whole = all({"id", "function"} <= call.keys() for call in calls)
-    return whole and isinstance(message.get("content"), str)
+    match message:
+        case {"role": "user" | "assistant" | "tool", "content": str()}:
+            calls, parts = message.get("tool_calls", []), {"id", "function"}
+            if isinstance(calls, list):
+                return all(isinstance(call, dict) and parts <= call.keys() for call in calls)
+    return False
 
 
 def mend(messages: list[dict]) -> list[dict]:
@@ -692,10 +691,8 @@ class SessionStore:
 
     def resume(self, key: str) -> Session:
         """The session that a key means: as the index says, else the latest, else a new one."""
-        entry = self.read_index().get(key)
-        if isinstance(entry, dict):
-            file = self.folder / f"{entry.get('id')}.jsonl"
-            if file.is_file():
+        match self.read_index().get(key):
+            case {"id": str(name)} if (file := self.folder / f"{name}.jsonl").is_file():
                 return Session(Journal(file))
         for file in self.files():
             if read_header(file)["key"] == key:
@@ -825,10 +822,7 @@ class ContextGuard:
         keep = next((i for i in starts if sizes[i] <= room), starts[-1])
         if keep == 0:
             return
-        try:
-            summary = self.summarize(agent, messages[:keep])
-        except openai.OpenAIError as error:
-            raise openai.OpenAIError("no summary: try again, or start with /new") from error
+        summary = self.summarize(agent, messages[:keep])
         head = [{"role": "user", "content": f"[The conversation so far, in short]\n{summary}"}]
         if messages[keep]["role"] == "user":
             head.append({"role": "assistant", "content": "I go on from there."})
@@ -840,8 +834,8 @@ class ContextGuard:
         pieces, filled, window = [""], 0, int(self.limit(agent) / agent.messages.scale)
         for message in messages:
             calls = [call["function"] for call in message.get("tool_calls", ())]
-            line = f"{message['role']}: {message['content']} {calls or ''}\n"
-            line = cut_tokens(line, window // 8)
+            text = f"{message['role']}: {message['content']} {calls or ''}\n"
+            line = cut_tokens(text, window // 8)
             filled += estimate(line)
             if filled > window // 3:
                 pieces, filled = [*pieces, ""], estimate(line)
@@ -857,7 +851,7 @@ class ContextGuard:
                 summary = cut_tokens(message["content"], window // 8)
         except openai.OpenAIError as error:
             if not is_overflow(error) or self.limit(agent) == 1000:
-                raise
+                raise openai.OpenAIError("no summary: try again, or start with /new") from error
             self.learn(agent, self.limit(agent) // 2)
             return self.summarize(agent, messages)
         return summary
