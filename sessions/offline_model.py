@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "openai>=3.15,<4",
+#     "openai>=3.54,<4",
 #     "python-dotenv>=1.2.1",
 # ]
 # ///

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "openai>=3.15,<4",
+#   "openai>=3.54,<4",
 #   "python-dotenv>=1.2.1",
 # ]
 # ///
@@ -863,8 +863,10 @@ def is_overflow(error: openai.OpenAIError) -> bool:
     code, kind = str(getattr(error, "code", "")), getattr(error, "type", "")
     if status not in (None, 400, 500) or "parameter" in code:
         return status == 413
-    more = body.get("metadata") if isinstance(body, dict) else body  # OpenRouter quotes others
-    return bool(OVERFLOW.search(f"{error} {code} {kind} {more}"))
+    told = (error, body)
+    if isinstance(body, dict):  # of all its parts these two are the server's own words
+        told = (body.get("message"), body.get("metadata"))
+    return bool(OVERFLOW.search(f"{code} {kind} {told}"))
 
 
 def cut_tokens(text: str, tokens: int) -> str:
