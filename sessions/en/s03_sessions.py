@@ -711,7 +711,7 @@ class SessionStore:
         """Let a key mean the session whose id begins so. Raises ValueError unless it is one."""
         found = [file for file in self.files() if prefix and file.stem.startswith(prefix)]
         if len(found) != 1:
-            raise ValueError(f"{len(found)} sessions begin with {prefix!r}; /list shows them all")
+            raise ValueError(f"{len(found)} sessions begin with {prefix!r}; see /list")
         session = Session(Journal(found[0]))
         self.point(key, session)
         return session
