@@ -1,8 +1,12 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "cryptography>=50",
+#     "httpx>=0.28",
 #     "openai>=3.54,<4",
 #     "python-dotenv>=1.2.1",
+#     "python-telegram-bot>=22.8",
+#     "websockets>=17.4",
 # ]
 # ///
 """The offline model: an OpenAI-compatible server with rules where a language model would be.

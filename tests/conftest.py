@@ -13,21 +13,29 @@ from fake_model import FakeModel
 SECTIONS = harness.sections()
 
 
-def wanted(mark: pytest.Mark | None) -> list[harness.Section]:
-    """The sections that a test runs on, from its `since` mark."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Without the option, a test leaves out the sections between its first and its last one."""
+    about = "run tests on each section they hold for, not only the first and the last"
+    parser.addoption("--every-section", action="store_true", help=about)
+
+
+def wanted(mark: pytest.Mark | None, every: bool = True) -> list[harness.Section]:
+    """The sections that a test holds for, from its `since` mark; or the first and last of them."""
     first, last = "s01", None
     if mark:
         first, last = mark.args[0], mark.kwargs.get("until")
     for label in (first, last or first):
         if not re.fullmatch(r"s\d\d", label):
             raise pytest.UsageError(f"since({label!r}): write a label such as s01")
-    return [s for s in SECTIONS if first <= s.label and (not last or s.label <= last)]
+    found = [s for s in SECTIONS if first <= s.label and (not last or s.label <= last)]
+    return found if every else [*found[:1], *found[1:][-1:]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `section` once for each section it holds for."""
     if "section" in metafunc.fixturenames:
-        found = wanted(metafunc.definition.get_closest_marker("since"))
+        every = metafunc.config.getoption("--every-section")
+        found = wanted(metafunc.definition.get_closest_marker("since"), every)
         metafunc.parametrize("section", found, ids=lambda s: s.label, indirect=True)
 
 

@@ -60,6 +60,8 @@ SETTINGS = [
     "FEISHU_DOMAIN",
     "FEISHU_ENCRYPT_KEY",
     "FEISHU_VERIFICATION_TOKEN",
+    "FEISHU_ALLOWED_CHATS",
+    "FEISHU_PORT",
     "GATEWAY_TOKEN",
 ]
 UNSHIPPED = {".env", ".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".pyc"}

@@ -492,6 +492,49 @@ def test_a_server_is_stopped_by_a_key(tmp_path: Path):
     assert transcripts.problems(block, tmp_path / "a", root=tmp_path) == ""
 
 
+GATEWAY = """
+import threading
+
+from websockets.sync.server import serve
+
+
+def echo(client):
+    for text in client:
+        client.send(f'{{"heard": {text}}}')
+
+
+with serve(echo, "127.0.0.1", 0) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{server.socket.getsockname()[1]}/#token=3f5a", flush=True)
+    while input("you> "):
+        pass
+    server.shutdown()
+"""
+TERMINALS = """$ python sessions/gateway.py
+http://127.0.0.1:8765/#token=0123456789abcdef
+you> hello
+you>
+$ python -m websockets ws://127.0.0.1:8765/ | grep -o '{.*'
+{"jsonrpc": "2.0", "method": "send", "params": {"text": "hi"}, "id": 1}
+{"heard": {"jsonrpc": "2.0", "method": "send", "params": {"text": "hi"}, "id": 1}}
+{"jsonrpc": "2.0", "method": "status", "id": 2}
+{"heard": {"jsonrpc": "2.0", "method": "status", "id": 2}}
+$ echo done
+done
+"""
+
+
+@needs_terminal
+def test_a_program_stays_open_for_a_second_terminal(tmp_path: Path):
+    (tmp_path / "sessions").mkdir()
+    path = tmp_path / "sessions" / "gateway.py"
+    path.write_text(GATEWAY, encoding="utf-8")
+    assert transcripts.problems(TERMINALS, tmp_path / "a", root=tmp_path) == ""
+    closed = TERMINALS.replace("hello\nyou>\n", "hello\n")
+    with pytest.raises(AssertionError, match="never showed"):
+        transcripts.problems(closed, tmp_path / "b", root=tmp_path)
+
+
 def test_the_copy_leaves_secrets_behind(tmp_path: Path):
     for name in (".env", "kept.txt", "__pycache__/x.pyc"):
         path = tmp_path / name

@@ -2,12 +2,15 @@
 
 In a ```console block a line `$ command` is run in a fresh copy of the repository, the rest is what
 the screen shows. `$ python sessions/...` runs on a pseudo-terminal: what stands after a prompt is
-typed when the prompt appears; ^C and ^D, there or on a line of their own, are pressed. Anything
-else runs through the shell, its output in a pipe. A line `...` matches any lines. Free to differ:
-ports, ids of 8 to 12 hex digits (the same id stays the same), process ids, dates, times,
-durations, spaces at the end of a line.
+typed when the prompt appears; ^C and ^D, there or on a line of their own, are pressed. A program
+whose last line is an idle `you>` stays open: what follows is run in another terminal, with the
+port of its web chat for the usual one. `$ python -m websockets ...` is at a terminal, too: it is
+typed what is a JSON-RPC request. Anything else runs through the shell, its output in a pipe. A line
+`...` matches any lines. Free to differ: ports, tokens in links, ids of 8 to 12 hex digits (the same
+id stays the same), process ids, dates, times, durations, spaces at the end of a line.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 
+import pytest
 from harness import REPO
 from harness import Screen
 from harness import end_session
@@ -30,10 +34,15 @@ from harness import shipped_files
 PROMPTS = [r"you> ", r".*\[y/N/a\] ", r".*\[y/N\] "]
 PROMPT = re.compile("|".join(f"(?:{prompt})" for prompt in PROMPTS))
 ON_TERMINAL = re.compile(r"(?:\w+=\S* )*python3? sessions/\S+\.py(?: [^|<>&;]*)?")
+CLIENT = re.compile(r"python3? -m websockets .*")
+REQUEST = re.compile(r'\{"jsonrpc": "2\.0", "method": .*, "id": [^{}]+\}')
 KEY = re.compile(r"\^([CD])")
+PORT = "8765"
+LINK = re.compile(r"http://127\.0\.0\.1:(\d+)/#token=")
 HERE = "~/mini-openclaw"
 ID = r"\b[0-9a-f]{8,12}\b"
 FREE = [
+    (r"(?P<token>#token=\w+)", r"#token=\w+"),
     (r"(?P<port>(?:127\.0\.0\.1|localhost):\d+)", r"(?:127\.0\.0\.1|localhost):\d+"),
     (r"(?P<date>\b\d{4}-\d\d-\d\d)", r"\d{4}-\d\d-\d\d"),
     (r"(?P<clock>\b\d\d:\d\d(?::\d\d(?:\.\d+)?)?\b)", r"\d\d:\d\d(?::\d\d(?:\.\d+)?)?"),
@@ -53,7 +62,15 @@ class Run:
 
     @property
     def on_terminal(self) -> bool:
-        return bool(ON_TERMINAL.fullmatch(self.command))
+        return bool(ON_TERMINAL.fullmatch(self.command)) or self.is_client
+
+    @property
+    def is_client(self) -> bool:
+        return bool(CLIENT.fullmatch(self.command))
+
+    @property
+    def stays(self) -> bool:
+        return self.lines[-1:] == ["you>"]
 
 
 def runs_of(block: str) -> list[Run]:
@@ -129,10 +146,12 @@ def difference(expected: list[str], actual: list[str]) -> str:
 
 @dataclass
 class Place:
-    """A fresh copy of the repository and the environment of a newcomer in it."""
+    """A fresh copy of the repository, the environment of a newcomer in it, and what stays open."""
 
     folder: Path
     env: dict[str, str]
+    opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    port: str = PORT
 
 
 def fresh_place(folder: Path, root: Path = REPO) -> Place:
@@ -165,12 +184,15 @@ def fresh_place(folder: Path, root: Path = REPO) -> Place:
 
 def perform(run: Run, place: Place) -> list[str]:
     """Run one command; the lines of its screen."""
+    run = Run(run.command.replace(PORT, place.port), run.lines)
     text = on_terminal(run, place) if run.on_terminal else in_shell(run, place)
     return text.replace(str(place.folder), HERE).splitlines()
 
 
 def in_shell(run: Run, place: Place) -> str:
     """A command through the shell, its output and errors in one pipe."""
+    if run.command.startswith("curl ") and not shutil.which("curl"):
+        pytest.skip("needs curl")
     process = subprocess.Popen(
         [shutil.which("bash") or "sh", "-c", run.command],
         stdin=subprocess.DEVNULL,
@@ -197,16 +219,25 @@ def on_terminal(run: Run, place: Place) -> str:
     settings = [word for word in words if re.match(r"\w+=", word)]
     program = words[words.index(next(w for w in words if w.startswith("python"))) + 1 :]
     env = place.env | dict(setting.split("=", 1) for setting in settings)
-    with Screen([sys.executable, *program], env, cwd=place.folder) as screen:
+    argv = ["sh", "-c", run.command] if run.is_client else [sys.executable, *program]
+    with contextlib.ExitStack() as opened:
+        screen = opened.enter_context(Screen(argv, env, cwd=place.folder))
         for number, line in enumerate(run.lines):
             prompt, typed = at_its_prompt(line)
             if prompt and (typed or number < len(run.lines) - 1):
                 wait_until(screen, lambda: at_prompt(screen), f"a prompt for {line!r}")
                 send(screen, typed)
-            elif KEY.fullmatch(line):
+            elif KEY.fullmatch(line) or (run.is_client and REQUEST.fullmatch(line)):
                 wait_for_lines(screen, run.lines[:number], place)
                 send(screen, line)
-        return last_words(screen)
+        if run.is_client:
+            wait_for_lines(screen, run.lines, place)
+            return screen.paper
+        shown = last_words(screen, run.stays)
+        if run.stays:
+            place.port = [PORT, *LINK.findall(shown)][-1]
+            place.opened.push(opened.pop_all())
+        return shown
 
 
 def send(screen: Screen, typed: str) -> None:
@@ -233,7 +264,7 @@ def wait_for_lines(screen: Screen, lines: list[str], place: Place) -> None:
         text = screen.paper.replace(str(place.folder), HERE)
         return same(tidy(lines), tidy(text.splitlines()))
 
-    wait_until(screen, shown, "the lines above a key")
+    wait_until(screen, shown, "these lines:\n" + "\n".join(lines))
 
 
 def wait_until(screen: Screen, true: Callable[[], bool], what: str) -> None:
@@ -250,7 +281,7 @@ def wait_until(screen: Screen, true: Callable[[], bool], what: str) -> None:
             raise AssertionError(f"the screen never showed {what}:\n{screen.paper}")
 
 
-def last_words(screen: Screen) -> str:
+def last_words(screen: Screen, stay: bool) -> str:
     """The screen when the program has ended, or waits at a prompt for what is not there."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
@@ -260,8 +291,9 @@ def last_words(screen: Screen) -> str:
             return screen.paper
         if at_prompt(screen):
             shown = screen.paper
-            screen.press("ctrl-d")
-            screen.wait_exit()
+            if not stay:
+                screen.press("ctrl-d")
+                screen.wait_exit()
             return shown
         screen.wait_change(length, 0.05)
     raise AssertionError(f"neither the end nor a prompt after {TIMEOUT} s:\n{screen.paper}")
@@ -270,8 +302,9 @@ def last_words(screen: Screen) -> str:
 def problems(block: str, folder: Path, root: Path = REPO) -> str:
     """What the screen shows other than the block says; "" when it is all the same."""
     place = fresh_place(folder, root)
-    for run in runs_of(block):
-        expected, actual = tidy(run.lines), tidy(perform(run, place))
-        if not same(expected, actual):
-            return f"$ {run.command}\n{difference(expected, actual)}"
+    with place.opened:
+        for run in runs_of(block):
+            expected, actual = tidy(run.lines), tidy(perform(run, place))
+            if not same(expected, actual):
+                return f"$ {run.command}\n{difference(expected, actual)}"
     return ""

@@ -129,18 +129,17 @@ def agent_turn(agent: Agent) -> str:
     return message["content"] + note
 
 
-def answer(agent: Agent, text: str) -> bool:
-    """Run one turn. One that fails shows why in a line, takes the text back, and returns False."""
+def answer(agent: Agent, text: str) -> str:
+    """Run one turn. One that fails shows why in a line, takes the text back, and returns ""."""
     question = {"role": "user", "content": text}
     try:
         agent.messages.append(question)
-        agent_turn(agent)
-        return True
+        return agent_turn(agent)
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
         if agent.messages[-1:] == [question]:
             agent.messages.pop()
         agent.show(f"\n[{explain(error)}]")
-        return False
+        return ""
 
 
 # --- main ---

@@ -161,19 +161,18 @@ def agent_turn(agent: Agent) -> str:
     return message["content"] + note
 
 
-def answer(agent: Agent, text: str) -> bool:
-    """Run one turn. One that fails shows why in a line, takes the text back, and returns False."""
+def answer(agent: Agent, text: str) -> str:
+    """Run one turn. One that fails shows why in a line, takes the text back, and returns ""."""
     question = {"role": "user", "content": text}
     try:
         close_turn(agent.messages)
         agent.messages.append(question)
-        agent_turn(agent)
-        return True
+        return agent_turn(agent)
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
         if agent.messages[-1:] == [question]:
             agent.messages.pop()
         agent.show(f"\n[{explain(error)}]")
-        return False
+        return ""
 
 
 # --- s02: tool use ---
@@ -428,7 +427,7 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
 )
 def bash(agent: Agent, command: str, timeout: int = 120) -> str:
     if not approve(agent, command):
-        return "error: not allowed, by the person or by APPROVAL; do not try it in another way"
+        return "error: not allowed; that takes a yes at the terminal, or APPROVAL. Try no other way"
     return run_shell(command, agent.workspace, min(max(timeout, 1), 600))
 
 

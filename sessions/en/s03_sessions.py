@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Agent:
     approval: str
     tools: list[dict]
     used: int = 0
+    key: str = field(init=False)
     store: "SessionStore" = field(init=False)
     guard: "ContextGuard" = field(init=False)
 
@@ -172,19 +174,18 @@ def agent_turn(agent: Agent) -> str:
     return message["content"] + note
 
 
-def answer(agent: Agent, text: str) -> bool:
-    """Run one turn. One that fails shows why in a line, takes the text back, and returns False."""
+def answer(agent: Agent, text: str) -> str:
+    """Run one turn. One that fails shows why in a line, takes the text back, and returns ""."""
     question = {"role": "user", "content": text}
     try:
         close_turn(agent.messages)
         agent.messages.append(question)
-        agent_turn(agent)
-        return True
+        return agent_turn(agent)
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
         if agent.messages[-1:] == [question]:
             agent.messages.pop()
         agent.show(f"\n[{explain(error)}]")
-        return False
+        return ""
 
 
 # --- s02: tool use ---
@@ -439,7 +440,7 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
 )
 def bash(agent: Agent, command: str, timeout: int = 120) -> str:
     if not approve(agent, command):
-        return "error: not allowed, by the person or by APPROVAL; do not try it in another way"
+        return "error: not allowed; that takes a yes at the terminal, or APPROVAL. Try no other way"
     return run_shell(command, agent.workspace, min(max(timeout, 1), 600))
 
 
@@ -527,8 +528,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        self.file = os.open(path, flags, 0o600)
+        self.flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        self.file = os.open(path, self.flags, 0o600)
+        weakref.finalize(self, os.close, self.file)
         self.writing, self.syncing = threading.Lock(), threading.Lock()
         self.written = self.synced = 0
 
@@ -563,6 +565,7 @@ class Journal:
             try:
                 records.append({} | json.loads(line))
             except (TypeError, ValueError, RecursionError):
+                records.append({})  # so that the others keep their numbers
                 show(f"[{self.path.name}, line {number}: damaged, left out]\n")
         return records
 
@@ -679,9 +682,10 @@ class SessionStore:
         self.folder = folder / "sessions"
         self.index = folder / "sessions.json"
 
-    def files(self) -> list[Path]:
-        """The sessions on disk, the one used last first."""
-        return sorted(self.folder.glob("*.jsonl"), key=lambda file: -file.stat().st_mtime)
+    def files(self, key: str) -> list[Path]:
+        """The sessions of a key on disk, the one used last first."""
+        files = sorted(self.folder.glob("*.jsonl"), key=lambda file: -file.stat().st_mtime)
+        return [file for file in files if read_header(file)["key"] == key]
 
     def read_index(self) -> dict[str, dict]:
         """What each key means; nothing when sessions.json is missing or damaged."""
@@ -694,10 +698,8 @@ class SessionStore:
         match self.read_index().get(key):
             case {"id": str(name)} if (file := self.folder / f"{name}.jsonl").is_file():
                 return Session(Journal(file))
-        for file in self.files():
-            if read_header(file)["key"] == key:
-                return Session(Journal(file))
-        return self.create(key)
+        files = self.files(key)
+        return Session(Journal(files[0])) if files else self.create(key)
 
     def create(self, key: str, label: str = "") -> Session:
         """A new session, which the key means from now on."""
@@ -708,8 +710,8 @@ class SessionStore:
         return session
 
     def switch(self, key: str, prefix: str) -> Session:
-        """Let a key mean the session whose id begins so. Raises ValueError unless it is one."""
-        found = [file for file in self.files() if prefix and file.stem.startswith(prefix)]
+        """Let a key mean its session whose id begins so. Raises ValueError unless it is one."""
+        found = [file for file in self.files(key) if prefix and file.stem.startswith(prefix)]
         if len(found) != 1:
             raise ValueError(f"{len(found)} sessions begin with {prefix!r}; see /list")
         session = Session(Journal(found[0]))
@@ -725,8 +727,9 @@ class SessionStore:
 def read_header(file: Path) -> dict:
     """The header of a session file, or what stands in for a damaged one."""
     header = {"key": SESSION_KEY, "label": ""}
-    with suppress(OSError, TypeError, ValueError, RecursionError), open(file, "rb") as stream:
-        header |= json.loads(stream.readline())
+    with suppress(OSError, AttributeError, ValueError, RecursionError), open(file, "rb") as stream:
+        found = json.loads(stream.readline())
+        header |= {name: found[name] for name in header if isinstance(found.get(name), str)}
     return header
 
 
@@ -898,17 +901,16 @@ def run_command(agent: Agent, text: str) -> bool:
 
 @command("/new [label]", "start a new session")
 def new_session(agent: Agent, label: str) -> str:
-    return use(agent, agent.store.create(SESSION_KEY, label))
+    return use(agent, agent.store.create(agent.key, label))
 
 
 @command("/switch <id>", "go to another session; the beginning of its id is enough")
 def switch_session(agent: Agent, prefix: str) -> str:
-    return use(agent, agent.store.switch(SESSION_KEY, prefix))
+    return use(agent, agent.store.switch(agent.key, prefix))
 
 
 def use(agent: Agent, session: Session) -> str:
     """Go on in another session."""
-    os.close(agent.messages.journal.file)
     agent.messages = session
     return str(session)
 
@@ -916,7 +918,7 @@ def use(agent: Agent, session: Session) -> str:
 @command("/list", "the sessions used last")
 def list_sessions(agent: Agent, rest: str) -> str:
     lines = []
-    for file in agent.store.files()[:20]:
+    for file in agent.store.files(agent.key)[:20]:
         mark = "*" if file == agent.messages.journal.path else " "
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
         lines.append(f"{mark} {file.stem}  {when}  {read_header(file)['label']}".rstrip())
@@ -951,7 +953,8 @@ def open_sessions(agent: Agent) -> None:
     try:
         lock_workspace(agent.workspace)
         agent.store = SessionStore(agent.workspace / ".sessions" / "agents" / "main")
-        agent.messages = agent.store.resume(SESSION_KEY)
+        agent.key = SESSION_KEY
+        agent.messages = agent.store.resume(agent.key)
     except OSError as error:
         sys.exit(f"the workspace cannot be used: {error}")
 

@@ -1,7 +1,7 @@
 """What the harness costs, as ratios of figures that were measured in turn in this one run.
 
 python tests/bench/bench.py            every benchmark, a table each
-python tests/bench/bench.py prompt     one of them: prompt, call, append, replay
+python tests/bench/bench.py prompt     one of them: prompt, call, append, replay, routing
 """
 
 import json
@@ -149,13 +149,39 @@ def replay(url: str, folder: Path) -> None:
     row("replay", section.label, f"{times['ours']:.3f} s", times["ours"] / times["bare"])
 
 
+def routing(url: str, folder: Path) -> None:
+    """The agent for a message found among 100,000 bindings, against 10 (goal: 1.0)."""
+    section = sections()[-1]
+    look_ups = {}
+    for size in (10, 100_000):
+        file = folder / f"{size}.jsonl"
+        lines = [f'{{"agent": "luna", "channel": "web", "peer": "p{n}"}}\n' for n in range(size)]
+        file.write_text("".join(lines), encoding="utf-8")
+        table = section.module.BindingTable(file, ["luna"])
+
+        def resolve(table=table) -> None:
+            table.resolve("web", "default", "p7", "")
+            table.resolve("web", "default", "nobody:topic:7", "")
+
+        look_ups[size] = timed(resolve, 2000)
+    times = medians(20, few=look_ups[10], many=look_ups[100_000])
+    label = f"{times['many'] / 2 * 1e6:.1f} us"
+    row("routing", section.label, label, times["many"] / times["few"])
+
+
 def row(*cells: object) -> None:
     """Print one row: benchmark, case, figure, ratio."""
     *texts, ratio = cells
     print("".join(f"{text:<22}" for text in texts) + f"{ratio:6.2f} x", flush=True)
 
 
-BENCHMARKS = {"prompt": prompt, "call": call, "append": append, "replay": replay}
+BENCHMARKS = {
+    "prompt": prompt,
+    "call": call,
+    "append": append,
+    "replay": replay,
+    "routing": routing,
+}
 
 
 def main() -> int:
