@@ -1,12 +1,12 @@
 """Headless Chromium for the tests, over the DevTools protocol: needs nothing but `websockets`.
 
-    with Browser() as browser:
-        browser.open("http://127.0.0.1:8765/")
-        browser.evaluate("document.querySelector('#text').focus()")
-        browser.type("hello")
-        browser.press("Enter")
-        browser.wait_for("document.body.innerText.includes('Hello to you')")
-        assert browser.console == []
+with Browser() as browser:
+    browser.open("http://127.0.0.1:8765/")
+    browser.evaluate("document.querySelector('#text').focus()")
+    browser.type("hello")
+    browser.press("Enter")
+    browser.wait_for("document.body.innerText.includes('Hello to you')")
+    assert browser.console == []
 """
 
 import base64

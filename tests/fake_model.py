@@ -446,7 +446,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
-        self.respond(json.loads(self.rfile.read(length) or b"{}"))
+        body = self.rfile.read(length)
+        if len(body) == length:  # else the client was cut off
+            self.respond(json.loads(body or b"{}"))
 
     def respond(self, body: dict) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}

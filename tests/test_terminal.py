@@ -45,6 +45,7 @@ def leaves(screen: Screen, seconds: float = 2) -> None:
 def test_a_half_typed_line_is_kept(post: Post, line: str):
     """What comes in is printed above it; `full` reaches exactly to the terminal's edge."""
     with post.screen() as screen:
+        drawn(screen, f"on, as @tutor_bot\n{PROMPT}")  # else it may come between two keys
         screen.type(line)
         drawn(screen, PROMPT + line)
         for number in range(3):

@@ -522,6 +522,7 @@ def run_shell(command: str, folder: Path, seconds: int) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=posix,
     )
+    RUNNING.add(process)
     try:
         output = bytearray()
         reader = threading.Thread(target=read_ends, args=(process, output), daemon=True)
@@ -531,6 +532,7 @@ def run_shell(command: str, folder: Path, seconds: int) -> str:
     except subprocess.TimeoutExpired:
         end = f"killed after {seconds} seconds"
     finally:
+        RUNNING.discard(process)
         if process.poll() is None:
             kill(process)
     reader.join(1)  # a command left in the background may hold the pipe for long
@@ -1018,6 +1020,7 @@ KEEP = 24 * 3600  # seconds; Telegram and Feishu give up delivering a message be
 LONG_TEXT = 4000  # Telegram's apps split a longer paste, at 4,096 characters
 FROM_AFAR = ("/new", "/context", "/compact")
 MAX_OPEN = 100  # sessions
+RUNNING: set[subprocess.Popen] = set()
 FEISHU_DOMAINS = {"feishu": "https://open.feishu.cn", "lark": "https://open.larksuite.com"}
 FEISHU_TOKEN = "/open-apis/auth/v3/tenant_access_token/internal"
 FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)
@@ -1420,10 +1423,11 @@ class TelegramChannel(Channel):
                     groups.append(group := [])
                 group.append(update)
         after = updates[-1].update_id + 1 if updates else None
-        if len(updates) == 100:  # there may be more: what goes on is fetched again with the rest
-            parts = [g for g in groups if self.goes_on(g[-1]) and g[0] is not updates[0]]
-            after = parts[0][0].update_id if parts else after
-            groups = [group for group in groups if group not in parts]
+        if len(updates) == 100:  # there may be more: from what goes on, all is fetched again
+            first = updates[0].update_id
+            parts = [g[0].update_id for g in groups if self.goes_on(g[-1])]
+            after = min((number for number in parts if number > first), default=after)
+            groups = [group for group in groups if group[0].update_id < after]
         for group in groups:
             if message := self.read([update.message for update in group]):
                 self.receive(message)
@@ -1756,6 +1760,8 @@ class App:
 
     def stop(self) -> None:
         """End what runs in the background; what is not done is in the inbox."""
+        for process in list(RUNNING):
+            kill(process)
         self.cli.lock.acquire(timeout=1)  # no thread writes while Python ends
         self.loop.stop()
 

@@ -1,9 +1,11 @@
 """What the harness costs, as ratios of figures that were measured in turn in this one run.
 
 python tests/bench/bench.py            every benchmark, a table each
-python tests/bench/bench.py prompt     one of them: prompt, call, append, replay, routing
+python tests/bench/bench.py prompt     one of them: prompt, call, append, replay, routing,
+                                         gateway
 """
 
+import asyncio
 import json
 import os
 import statistics
@@ -12,7 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "sessions")]
@@ -27,6 +34,22 @@ sys.path.insert(0, sys.argv[1])
 import offline_model
 print(offline_model.serve(pace=0).url, flush=True)
 sys.stdin.read()
+"""
+
+ECHO = """
+import asyncio
+from websockets.asyncio.server import serve
+
+async def echo(client):
+    async for frame in client:
+        await client.send(frame)
+
+async def main():
+    server = await serve(echo, "127.0.0.1", 0, compression=None)
+    print("at", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/#token=none", flush=True)
+    await asyncio.Future()
+
+asyncio.run(main())
 """
 
 
@@ -169,6 +192,54 @@ def routing(url: str, folder: Path) -> None:
     row("routing", section.label, label, times["many"] / times["few"])
 
 
+def gateway(url: str, folder: Path) -> None:
+    """`status` over the gateway, against a bare websockets echo (goal: at least 0.5)."""
+    section, env = sections()[-1], environment(url, folder) | {"GATEWAY_PORT": "0"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen([sys.executable, "-c", ECHO], env=env, **pipes) as echo,
+        subprocess.Popen([sys.executable, str(section.path)], env=env, **pipes) as ours,
+    ):
+        links = {}
+        for name, process in {"bare": echo, "ours": ours}.items():
+            line = next(line for line in process.stdout if "#token=" in line)
+            links[name] = line.split("http://")[1].strip().replace("/#", "/ws?")
+        for clients in (1, 100, 1000):
+            load = {name: partial(ask_status, link, clients) for name, link in links.items()}
+            seconds = medians(5, **load)
+            label = f"{section.label}, {clients} clients"
+            row(
+                "gateway",
+                label,
+                f"{4000 / seconds['ours']:.0f}/s",
+                seconds["bare"] / seconds["ours"],
+            )
+        echo.kill()
+        ours.kill()
+
+
+def ask_status(link: str, clients: int, requests: int = 4000) -> float:
+    """The seconds that so many requests take, sent by so many clients at once."""
+    frame = '{"jsonrpc": "2.0", "id": 1, "method": "status"}'
+
+    async def ask(client: ClientConnection) -> None:
+        for _ in range(requests // clients):
+            await client.send(frame)
+            await client.recv()
+
+    async def load() -> float:
+        async with AsyncExitStack() as stack:
+            opened = []
+            for _ in range(clients):
+                client = connect(f"ws://{link}", compression=None, ping_interval=None)
+                opened.append(await stack.enter_async_context(client))
+            began = time.perf_counter()
+            await asyncio.gather(*map(ask, opened))
+            return time.perf_counter() - began
+
+    return asyncio.run(load())
+
+
 def row(*cells: object) -> None:
     """Print one row: benchmark, case, figure, ratio."""
     *texts, ratio = cells
@@ -181,6 +252,7 @@ BENCHMARKS = {
     "append": append,
     "replay": replay,
     "routing": routing,
+    "gateway": gateway,
 }
 
 
