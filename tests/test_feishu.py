@@ -559,7 +559,8 @@ def test_accounts_that_cannot_work(desk: Desk):
     echo = {"code": 10014, "msg": f"secret {wrong} and an-app-secret are invalid"}
     desk.feishu.fail(TOKEN_PATH, 200, echo, times=1)
     screen = desk.start(**env)
-    wait_until(lambda: all(lines(screen, f"[feishu {name[1:].lower()}] off") for name in bad))
+    wait_until(lambda: all(lines(screen, f"[feishu {name[1:].lower()}] ") for name in bad))
+    assert len(lines(screen, "] off")) == 2 and len(lines(screen, "trying again")) == 2
     assert len(lines(screen, "notoken", "FEISHU_VERIFICATION_TOKEN")) == 1
     assert len(lines(screen, "nosecret", "FEISHU_APP_SECRET")) == 1
     assert len(lines(screen, "[feishu")) == len(bad)

@@ -698,7 +698,7 @@ def test_a_turn_as_a_client_sees_it(desk: Desk):
     assert sent == {"id": "one", "agent": "main", "matched_by": "default"}
     client.wait("delta")
     now = other.call("sessions.history", peer="alice")
-    assert now["busy"] and now["messages"] == [{"role": "user", "text": "wait for it"}]
+    assert now["busy"] and now["messages"] == [{"role": "user", "text": "wait for it", "id": "one"}]
     desk.gate.set()
     answer = client.wait("message", role="assistant")
     about = {"session": key, "agent": "main"}

@@ -47,7 +47,7 @@ def test_a_half_typed_line_is_kept(post: Post, line: str):
     with post.screen() as screen:
         drawn(screen, f"on, as @tutor_bot\n{PROMPT}")  # else it may come between two keys
         screen.type(line)
-        drawn(screen, PROMPT + line)
+        screen.wait_for(line[-1])  # readline itself leaves a gap where a wide letter does not fit
         for number in range(3):
             post.ask(f"message {number}")
         drawn(screen, f"heard message 2\n{PROMPT}{line}")

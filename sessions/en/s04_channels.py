@@ -34,13 +34,11 @@ import sys
 import threading
 import time
 import unicodedata
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Coroutine
 from collections.abc import Mapping
-from concurrent.futures import CancelledError
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from contextlib import ExitStack
@@ -57,6 +55,7 @@ from importlib import import_module
 from itertools import accumulate
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import openai
 from dotenv import load_dotenv
@@ -1008,6 +1007,7 @@ RUNNING: set[subprocess.Popen] = set()
 FEISHU_DOMAINS = {"feishu": "https://open.feishu.cn", "lark": "https://open.larksuite.com"}
 FEISHU_TOKEN = "/open-apis/auth/v3/tenant_access_token/internal"
 FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)
+FEISHU_NEVER = (230001, 230002, 230006, 230013, 230022, 230025, 230034, 230053)
 FEISHU_RATE_CODES = (99991400, 230020, 11232)
 
 
@@ -1045,9 +1045,16 @@ class Inbox:
         self.open: dict[str, InboundMessage] = {}
         self.answers: dict[str, str] = {}
         self.queue: queue.Queue[InboundMessage] = queue.Queue()
+        damaged = False
         for record in self.journal.replay():
-            with suppress(TypeError):  # not the fields of a message
+            try:
                 self.apply(record)
+            except TypeError:  # not the fields of a message
+                record = {}
+            damaged |= not record
+        if damaged:
+            shutil.copy2(path, f"{path}.damaged")
+            show(f"[{path.name}: what could not be read is in {path.name}.damaged]\n")
         self.compact()
         for message in self.open.values():
             self.queue.put(message)
@@ -1070,8 +1077,6 @@ class Inbox:
         """Write a record down, then make its change. Raises OSError when it is not on disk."""
         self.journal.append(record)
         self.apply(record)
-        if self.journal.written > 1000 + 4 * len(self.open):
-            self.compact()
 
     def compact(self) -> None:
         """Leave in the file what is open, and the ids that may come again."""
@@ -1092,6 +1097,8 @@ class Inbox:
             if not self.seen.keys() & set(message.ids):
                 self.change({"type": "message", "message": asdict(message)})
                 self.queue.put(message)
+                if self.journal.written > 1000 + 4 * len(self.open):
+                    self.compact()
 
     def note(self, message: InboundMessage, **about: str) -> None:
         """Write down what became of a message: type="answer" with the text to send, or "done"."""
@@ -1131,10 +1138,6 @@ class ChannelAccount:
         name = f"{self.channel}_{name}" + ("" if self.id == "default" else f"_{self.id}")
         return os.getenv(name.upper(), "").strip() or otherwise
 
-    def allows(self, peer: str) -> bool:
-        """Whether a peer is in ..._ALLOWED_CHATS; a topic counts as its chat."""
-        return peer.split(":")[0] in re.findall(r"[^\s,]+", self.get("ALLOWED_CHATS"))
-
     def hide(self, text: str) -> str:
         """A text without the platform's secrets, in one line."""
         for name, value in os.environ.items():
@@ -1156,14 +1159,21 @@ class Channel:
         self.status = "starting"
         self.outbox: queue.Queue[tuple[InboundMessage, str]] = queue.Queue()
         self.told: set[str] = set()
+        self.sending = threading.Lock()
 
     def start(self) -> None:
         """Begin to receive. Raises what speaks against it."""
         raise NotImplementedError
 
+    def allows(self, message: InboundMessage) -> bool:
+        """Whether anybody is listened to where a message comes from; a topic is in its chat."""
+        allowed = self.account.get("ALLOWED_CHATS").replace(",", " ").split()
+        return message.peer.split(":")[0] in allowed
+
     def receive(self, message: InboundMessage) -> None:
         """Take what came in, on disk when this returns; not from strangers, and not twice."""
-        if self.account.allows(message.peer):
+        message = replace(message, text=plain(message.text), sender=plain(message.sender))
+        if self.allows(message):
             self.app.inbox.put(message)
         else:
             chat = message.peer.split(":")[0]
@@ -1204,8 +1214,9 @@ class Channel:
         while True:
             message, text = self.outbox.get()
             try:
-                self.deliver(message, text)
-                self.app.inbox.note(message, type="done")
+                with self.sending:
+                    self.deliver(message, text)
+                    self.app.inbox.note(message, type="done")
             except Exception as error:  # the outermost loop; the message stays in the inbox
                 self.tell(f"not sent to {message.peer}: {error}")
 
@@ -1243,7 +1254,7 @@ def chunk_message(text: str, limit: int) -> list[str]:
             head = head[: next((end for end in ends if end > len(head) // 2), len(head))]
         pieces.append(head)
         text = text[len(head) :]
-    return [piece for piece in pieces if piece.strip()]
+    return [piece for piece in pieces if piece.strip()] or ["(an empty answer)"]
 
 
 class CLIChannel(Channel):
@@ -1270,7 +1281,7 @@ class CLIChannel(Channel):
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Print a text: at once if the prompt is waiting, else before it comes again."""
-        with self.lock:
+        with self.lock, suppress(OSError):  # nobody may be reading
             if not self.prompting:
                 self.held += text + "\n"
             elif not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -1314,19 +1325,6 @@ class LoopThread:
         """Run a coroutine there; the future can be waited for or cancelled from here."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def stop(self) -> None:
-        """Cancel what runs, and give it half a second."""
-
-        async def cancel() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=0.5)
-
-        warnings.simplefilter("ignore")  # coroutines that were cancelled before they began
-        with suppress(ValueError, TimeoutError):  # none runs
-            self.begin(cancel()).result(1)
-
 
 class TelegramChannel(Channel):
     """A Telegram bot, by long polling. An update is confirmed when the inbox has it on disk."""
@@ -1344,6 +1342,11 @@ class TelegramChannel(Channel):
             logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
         self.errors = telegram.error
         base = self.account.get("BASE_URL", "https://api.telegram.org").rstrip("/")
+        for other in self.app.channels.channels.values():
+            if other is self:
+                break
+            if other.account.get("BOT_TOKEN") == self.account.get("BOT_TOKEN"):
+                raise ChannelError(f"{other.account} has this bot already", permanent=True)
         self.bot = telegram.Bot(self.account.get("BOT_TOKEN"), base_url=f"{base}/bot")
         self.app.loop.begin(self.poll())
 
@@ -1359,7 +1362,8 @@ class TelegramChannel(Channel):
                 self.report(f"on, as @{self.bot.username}")
                 continue
             except (self.errors.InvalidToken, self.errors.Forbidden):
-                return self.report("off: the bot's token was refused")
+                self.report("off: the bot's token was refused; trying again every minute")
+                pause = 60
             except self.errors.Conflict:
                 self.report("another process polls this bot (409): stop it; trying again")
             except Exception as error:  # of the network, or of the disk
@@ -1404,8 +1408,11 @@ class TelegramChannel(Channel):
             after = min((number for number in parts if number > first), default=after)
             groups = [group for group in groups if group[0].update_id < after]
         for group in groups:
-            if message := self.read([update.message for update in group]):
-                self.receive(message)
+            try:
+                if message := self.read([update.message for update in group]):
+                    self.receive(message)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                self.tell(f"an update was skipped: {error!r}")
         return after
 
     def id_of(self, message: object) -> str:
@@ -1445,17 +1452,18 @@ class TelegramChannel(Channel):
     def send(self, peer: str, text: str, key: str = "") -> None:
         chat, _, topic = peer.partition(":topic:")
         thread = int(topic) if topic and topic != "1" else None  # General's must not be named
-        sending = self.bot.send_message(chat, text, message_thread_id=thread)
+        sending = self.bot.send_message(chat, text, message_thread_id=thread, read_timeout=30)
+        future = self.app.loop.begin(sending)
         try:
-            self.app.loop.begin(sending).result(60)
+            future.result(60)
         except self.errors.RetryAfter as error:
             raise ChannelError(error, retry_after=error.retry_after.total_seconds()) from None
         except self.errors.ChatMigrated as error:
             self.send(str(error.new_chat_id), text)
-        except (self.errors.BadRequest, self.errors.Forbidden, self.errors.InvalidToken) as error:
-            raise ChannelError(error, permanent=True) from None
-        except (self.errors.TelegramError, TimeoutError, CancelledError) as error:
-            raise ChannelError(error or "no answer") from None  # it may have arrived after all
+        except (self.errors.TelegramError, TimeoutError) as error:  # it may have arrived after all
+            future.cancel()
+            refused = isinstance(error, self.errors.BadRequest) or "Forbidden: " in str(error)
+            raise ChannelError(str(error) or "no answer", permanent=refused) from None
 
     def typing(self, peer: str) -> AbstractContextManager:
         until = ExitStack()
@@ -1531,7 +1539,7 @@ class FeishuChannel(Channel):
         wait = reply.headers.get("x-ogw-ratelimit-reset", "") if limited else ""
         raise ChannelError(
             f"{code} {data.get('msg')}",
-            permanent=not limited and reply.status_code < 500,
+            permanent=code in FEISHU_NEVER,
             retry_after=float(wait) if wait.isdecimal() else 0,
         )
 
@@ -1547,7 +1555,7 @@ class FeishuChannel(Channel):
     def take(self, headers: Mapping, body: bytes) -> dict:
         """What to answer to a request. Raises PermissionError if it is not from the platform."""
         event = self.unseal(headers, body)
-        if "challenge" in event:
+        if event.get("type") == "url_verification":
             return {"challenge": event["challenge"]}
         if message := self.read(event):
             self.receive(message)
@@ -1725,12 +1733,16 @@ class App:
         self.channels.start()
         threading.Thread(target=self.work, daemon=True).start()
 
-    def stop(self) -> None:
-        """End what runs in the background; what is not done is in the inbox."""
+    def stop(self, status: int) -> NoReturn:
+        """End the process, whatever its threads do: what is not done is in the inbox."""
         for process in list(RUNNING):
             kill(process)
-        self.cli.lock.acquire(timeout=1)  # no thread writes while Python ends
-        self.loop.stop()
+        latest = time.monotonic() + 0.8
+        for channel in self.channels.channels.values():  # a text that is on its way may arrive
+            channel.sending.acquire(timeout=max(latest - time.monotonic(), 0))
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
 
     def work(self) -> None:
         """Answer what comes in, one message after the other; the outermost loop of its thread."""
@@ -1739,7 +1751,7 @@ class App:
             text = self.inbox.answers.get(message.ids[0])
             try:
                 channel = self.channels.find(message)
-                if channel is None:
+                if channel is None or not channel.allows(message):
                     continue  # until it is configured again
                 if text is not None:  # it was not sent for sure when the last run ended
                     channel.outbox.put((message, text))
@@ -1767,28 +1779,30 @@ class App:
                 text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
             if channel is not self.cli:
-                self.reply(message, text or shown[-1].strip())
+                told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
+                self.reply(message, told)
         return text
 
     def ask(self, text: str) -> str:
         """Answer a line from the terminal, in this thread: Ctrl-C ends the turn or the wait."""
         try:
             return self.handle(self.cli.message(text))
-        except KeyboardInterrupt:
-            show("[stopped]")
+        except (KeyboardInterrupt, OSError) as error:
+            show(f"[{explain(error)}]")
             return ""
 
     def command(self, text: str) -> bool:
         """Run a command from the terminal, between two turns; False if there is none."""
-        if not text.strip() or text.split()[0] not in COMMANDS:
+        if not text.startswith("/") or text.split()[0] not in COMMANDS:
             return False
         try:
             with self.lane:
                 agent = self.agent_for(self.cli.message(text))
+                agent.show = show
                 run_command(agent, text)
                 self.sessions[agent.key] = agent.messages
-        except KeyboardInterrupt:
-            show("[stopped]\n")
+        except (KeyboardInterrupt, OSError) as error:
+            show(f"[{explain(error)}]\n")
         return True
 
     def agent_for(self, message: InboundMessage) -> Agent:
@@ -1797,8 +1811,8 @@ class App:
         if message.channel != "cli":
             agent = copy(agent)
             agent.approval = self.from_afar
-        agent.key = build_session_key(message)
-        agent.messages = self.session(agent.key)
+        key = build_session_key(message)
+        agent.messages, agent.key = self.session(key), key
         return agent
 
     def session(self, key: str) -> Session:
@@ -1863,9 +1877,8 @@ def main() -> int:
                 print("agent> ", end="", flush=True)
                 failed |= not app.ask(text)
                 print()
-    app.stop()
     print()
-    return int(failed and not sys.stdin.isatty())
+    app.stop(int(failed and not sys.stdin.isatty()))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import sys
 import threading
 import time
 import unicodedata
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -42,7 +41,6 @@ from collections.abc import Container
 from collections.abc import Coroutine
 from collections.abc import Iterator
 from collections.abc import Mapping
-from concurrent.futures import CancelledError
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from contextlib import ExitStack
@@ -61,6 +59,7 @@ from itertools import accumulate
 from itertools import count
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import parse_qs
 from urllib.parse import quote
 
@@ -157,7 +156,7 @@ def explain(error: BaseException) -> str:
 def call_model(agent: Agent) -> tuple[dict, str]:
     """Send the history, show the answer as it streams. Returns the message and finish_reason."""
     request = {"messages": agent.messages, **agent.settings}
-    if agent.system:
+    if agent.system and agent.tools:  # a summary needs neither
         request["messages"] = [{"role": "system", "content": agent.system}, *agent.messages]
     if agent.tools:
         request = {"tools": agent.tools} | request
@@ -1024,6 +1023,7 @@ RUNNING: set[subprocess.Popen] = set()
 FEISHU_DOMAINS = {"feishu": "https://open.feishu.cn", "lark": "https://open.larksuite.com"}
 FEISHU_TOKEN = "/open-apis/auth/v3/tenant_access_token/internal"
 FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)
+FEISHU_NEVER = (230001, 230002, 230006, 230013, 230022, 230025, 230034, 230053)
 FEISHU_RATE_CODES = (99991400, 230020, 11232)
 
 
@@ -1070,9 +1070,16 @@ class Inbox:
         self.open: dict[str, InboundMessage] = {}
         self.answers: dict[str, str] = {}
         self.queue: queue.Queue[InboundMessage] = queue.Queue()
+        damaged = False
         for record in self.journal.replay():
-            with suppress(TypeError):  # not the fields of a message
+            try:
                 self.apply(record)
+            except TypeError:  # not the fields of a message
+                record = {}
+            damaged |= not record
+        if damaged:
+            shutil.copy2(path, f"{path}.damaged")
+            show(f"[{path.name}: what could not be read is in {path.name}.damaged]\n")
         self.compact()
         for message in self.open.values():
             self.queue.put(message)
@@ -1095,8 +1102,6 @@ class Inbox:
         """Write a record down, then make its change. Raises OSError when it is not on disk."""
         self.journal.append(record)
         self.apply(record)
-        if self.journal.written > 1000 + 4 * len(self.open):
-            self.compact()
 
     def compact(self) -> None:
         """Leave in the file what is open, and the ids that may come again."""
@@ -1117,6 +1122,8 @@ class Inbox:
             if not self.seen.keys() & set(message.ids):
                 self.change({"type": "message", "message": asdict(message)})
                 self.queue.put(message)
+                if self.journal.written > 1000 + 4 * len(self.open):
+                    self.compact()
 
     def note(self, message: InboundMessage, **about: str) -> None:
         """Write down what became of a message: type="answer" with the text to send, or "done"."""
@@ -1156,10 +1163,6 @@ class ChannelAccount:
         name = f"{self.channel}_{name}" + ("" if self.id == "default" else f"_{self.id}")
         return os.getenv(name.upper(), "").strip() or otherwise
 
-    def allows(self, peer: str) -> bool:
-        """Whether a peer is in ..._ALLOWED_CHATS; a topic counts as its chat."""
-        return peer.split(":")[0] in re.findall(r"[^\s,]+", self.get("ALLOWED_CHATS"))
-
     def hide(self, text: str) -> str:
         """A text without the platform's secrets, in one line."""
         for name, value in os.environ.items():
@@ -1181,14 +1184,21 @@ class Channel:
         self.status = "starting"
         self.outbox: queue.Queue[tuple[InboundMessage, str]] = queue.Queue()
         self.told: set[str] = set()
+        self.sending = threading.Lock()
 
     def start(self) -> None:
         """Begin to receive. Raises what speaks against it."""
         raise NotImplementedError
 
+    def allows(self, message: InboundMessage) -> bool:
+        """Whether anybody is listened to where a message comes from; a topic is in its chat."""
+        allowed = self.account.get("ALLOWED_CHATS").replace(",", " ").split()
+        return message.peer.split(":")[0] in allowed
+
     def receive(self, message: InboundMessage) -> None:
         """Take what came in, on disk when this returns; not from strangers, and not twice."""
-        if self.account.allows(message.peer):
+        message = replace(message, text=plain(message.text), sender=plain(message.sender))
+        if self.allows(message):
             self.app.inbox.put(message)
         else:
             chat = message.peer.split(":")[0]
@@ -1229,8 +1239,9 @@ class Channel:
         while True:
             message, text = self.outbox.get()
             try:
-                self.deliver(message, text)
-                self.app.inbox.note(message, type="done")
+                with self.sending:
+                    self.deliver(message, text)
+                    self.app.inbox.note(message, type="done")
             except Exception as error:  # the outermost loop; the message stays in the inbox
                 self.tell(f"not sent to {message.peer}: {error}")
 
@@ -1268,7 +1279,7 @@ def chunk_message(text: str, limit: int) -> list[str]:
             head = head[: next((end for end in ends if end > len(head) // 2), len(head))]
         pieces.append(head)
         text = text[len(head) :]
-    return [piece for piece in pieces if piece.strip()]
+    return [piece for piece in pieces if piece.strip()] or ["(an empty answer)"]
 
 
 class CLIChannel(Channel):
@@ -1295,7 +1306,7 @@ class CLIChannel(Channel):
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Print a text: at once if the prompt is waiting, else before it comes again."""
-        with self.lock:
+        with self.lock, suppress(OSError):  # nobody may be reading
             if not self.prompting:
                 self.held += text + "\n"
             elif not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -1339,19 +1350,6 @@ class LoopThread:
         """Run a coroutine there; the future can be waited for or cancelled from here."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def stop(self) -> None:
-        """Cancel what runs, and give it half a second."""
-
-        async def cancel() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=0.5)
-
-        warnings.simplefilter("ignore")  # coroutines that were cancelled before they began
-        with suppress(ValueError, TimeoutError):  # none runs
-            self.begin(cancel()).result(1)
-
 
 class TelegramChannel(Channel):
     """A Telegram bot, by long polling. An update is confirmed when the inbox has it on disk."""
@@ -1369,6 +1367,11 @@ class TelegramChannel(Channel):
             logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
         self.errors = telegram.error
         base = self.account.get("BASE_URL", "https://api.telegram.org").rstrip("/")
+        for other in self.app.channels.channels.values():
+            if other is self:
+                break
+            if other.account.get("BOT_TOKEN") == self.account.get("BOT_TOKEN"):
+                raise ChannelError(f"{other.account} has this bot already", permanent=True)
         self.bot = telegram.Bot(self.account.get("BOT_TOKEN"), base_url=f"{base}/bot")
         self.app.loop.begin(self.poll())
 
@@ -1384,7 +1387,8 @@ class TelegramChannel(Channel):
                 self.report(f"on, as @{self.bot.username}")
                 continue
             except (self.errors.InvalidToken, self.errors.Forbidden):
-                return self.report("off: the bot's token was refused")
+                self.report("off: the bot's token was refused; trying again every minute")
+                pause = 60
             except self.errors.Conflict:
                 self.report("another process polls this bot (409): stop it; trying again")
             except Exception as error:  # of the network, or of the disk
@@ -1429,8 +1433,11 @@ class TelegramChannel(Channel):
             after = min((number for number in parts if number > first), default=after)
             groups = [group for group in groups if group[0].update_id < after]
         for group in groups:
-            if message := self.read([update.message for update in group]):
-                self.receive(message)
+            try:
+                if message := self.read([update.message for update in group]):
+                    self.receive(message)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                self.tell(f"an update was skipped: {error!r}")
         return after
 
     def id_of(self, message: object) -> str:
@@ -1470,17 +1477,18 @@ class TelegramChannel(Channel):
     def send(self, peer: str, text: str, key: str = "") -> None:
         chat, _, topic = peer.partition(":topic:")
         thread = int(topic) if topic and topic != "1" else None  # General's must not be named
-        sending = self.bot.send_message(chat, text, message_thread_id=thread)
+        sending = self.bot.send_message(chat, text, message_thread_id=thread, read_timeout=30)
+        future = self.app.loop.begin(sending)
         try:
-            self.app.loop.begin(sending).result(60)
+            future.result(60)
         except self.errors.RetryAfter as error:
             raise ChannelError(error, retry_after=error.retry_after.total_seconds()) from None
         except self.errors.ChatMigrated as error:
             self.send(str(error.new_chat_id), text)
-        except (self.errors.BadRequest, self.errors.Forbidden, self.errors.InvalidToken) as error:
-            raise ChannelError(error, permanent=True) from None
-        except (self.errors.TelegramError, TimeoutError, CancelledError) as error:
-            raise ChannelError(error or "no answer") from None  # it may have arrived after all
+        except (self.errors.TelegramError, TimeoutError) as error:  # it may have arrived after all
+            future.cancel()
+            refused = isinstance(error, self.errors.BadRequest) or "Forbidden: " in str(error)
+            raise ChannelError(str(error) or "no answer", permanent=refused) from None
 
     def typing(self, peer: str) -> AbstractContextManager:
         until = ExitStack()
@@ -1556,7 +1564,7 @@ class FeishuChannel(Channel):
         wait = reply.headers.get("x-ogw-ratelimit-reset", "") if limited else ""
         raise ChannelError(
             f"{code} {data.get('msg')}",
-            permanent=not limited and reply.status_code < 500,
+            permanent=code in FEISHU_NEVER,
             retry_after=float(wait) if wait.isdecimal() else 0,
         )
 
@@ -1572,7 +1580,7 @@ class FeishuChannel(Channel):
     def take(self, headers: Mapping, body: bytes) -> dict:
         """What to answer to a request. Raises PermissionError if it is not from the platform."""
         event = self.unseal(headers, body)
-        if "challenge" in event:
+        if event.get("type") == "url_verification":
             return {"challenge": event["challenge"]}
         if message := self.read(event):
             self.receive(message)
@@ -1743,7 +1751,7 @@ class App:
         self.gateway = GatewayServer(self)
         self.channels.channels["web", "default"] = self.gateway
         self.agents = AgentManager(agent.workspace)
-        self.settings, self.forced, self.busy = agent.settings, "", ""
+        self.settings, self.forced = agent.settings, ""
         self.opening = threading.Lock()
         try:
             self.bindings = BindingTable(agent.workspace / "bindings.jsonl", self.agents.agents)
@@ -1758,12 +1766,16 @@ class App:
         self.gateway.ready.wait(5)
         threading.Thread(target=self.work, daemon=True).start()
 
-    def stop(self) -> None:
-        """End what runs in the background; what is not done is in the inbox."""
+    def stop(self, status: int) -> NoReturn:
+        """End the process, whatever its threads do: what is not done is in the inbox."""
         for process in list(RUNNING):
             kill(process)
-        self.cli.lock.acquire(timeout=1)  # no thread writes while Python ends
-        self.loop.stop()
+        latest = time.monotonic() + 0.8
+        for channel in self.channels.channels.values():  # a text that is on its way may arrive
+            channel.sending.acquire(timeout=max(latest - time.monotonic(), 0))
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
 
     def work(self) -> None:
         """Answer what comes in, one message after the other; the outermost loop of its thread."""
@@ -1772,7 +1784,7 @@ class App:
             text = self.inbox.answers.get(message.ids[0])
             try:
                 channel = self.channels.find(message)
-                if channel is None:
+                if channel is None or not channel.allows(message):
                     continue  # until it is configured again
                 if text is not None:  # it was not sent for sure when the last run ended
                     channel.outbox.put((message, text))
@@ -1796,40 +1808,37 @@ class App:
         text, command = "", message.text.split()[0]
         with self.lane, channel.typing(message.peer):
             agent = self.agent_for(message)
-            agent.show, self.busy = show_piece, agent.key
-            name = message.ids[0].split(":")[-1]
-            self.gateway.emit(agent, "message", role="user", text=message.said, id=name)
-            self.gateway.emit(agent, "typing", on=True)
+            agent.show = show_piece
+            self.gateway.begin(agent, message)
             if command not in FROM_AFAR or not run_command(agent, message.text):
                 text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
             if channel is not self.cli:
-                self.reply(message, text or shown[-1].strip())
-            self.busy = ""
-            self.gateway.emit(agent, "typing", on=False)
-            told = text or shown[-1].strip()
-            self.gateway.emit(agent, "message", role="assistant", text=told, id=name)
+                told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
+                self.reply(message, told)
+            self.gateway.end(agent, message, text or shown[-1].strip())
         return text
 
     def ask(self, text: str) -> str:
         """Answer a line from the terminal, in this thread: Ctrl-C ends the turn or the wait."""
         try:
             return self.handle(self.cli.message(text))
-        except KeyboardInterrupt:
-            show("[stopped]")
+        except (KeyboardInterrupt, OSError) as error:
+            show(f"[{explain(error)}]")
             return ""
 
     def command(self, text: str) -> bool:
         """Run a command from the terminal, between two turns; False if there is none."""
-        if not text.strip() or text.split()[0] not in COMMANDS:
+        if not text.startswith("/") or text.split()[0] not in COMMANDS:
             return False
         try:
             with self.lane:
                 agent = self.agent_for(self.cli.message(text))
+                agent.show = show
                 run_command(agent, text)
                 self.sessions[agent.key] = agent.messages
-        except KeyboardInterrupt:
-            show("[stopped]\n")
+        except (KeyboardInterrupt, OSError) as error:
+            show(f"[{explain(error)}]\n")
         return True
 
     def agent_for(self, message: InboundMessage) -> Agent:
@@ -1838,10 +1847,10 @@ class App:
         if message.channel != "cli":
             agent = copy(agent)
             agent.approval = self.from_afar
-        config, agent.key, _ = self.route(message)
+        config, key, _ = self.route(message)
+        agent.messages, agent.key = self.session(key), key
         agent.store, agent.system = self.agents.store(config.id), config.prompt
         agent.settings = self.settings | ({"model": config.model} if config.model else {})
-        agent.messages = self.session(agent.key)
         return agent
 
     def route(self, message: InboundMessage) -> tuple["AgentConfig", str, "Binding | None"]:
@@ -1893,6 +1902,7 @@ DM_SCOPES = ("main", "per-peer", "per-channel-peer", "per-account-channel-peer")
 PEER = re.compile(r"[a-z0-9][a-z0-9_.:@-]{0,127}")  # lower case, as in the keys of sessions
 MAX_FRAME = 1 << 20  # bytes
 MAX_BATCH = 100
+MAX_WAITING = 100  # messages of one web peer
 PAGE = Path(__file__).resolve().parent.parent.parent / "workspace" / "webchat.html"
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
@@ -1952,28 +1962,30 @@ class BindingTable:
         if not record:
             return  # a damaged line
         binding = Binding(**{key: record[key] for key in record if key != "removed"})
-        self.check(binding)
         row = [b for b in self.table.get(binding.match, []) if b.priority != binding.priority]
-        if not record.get("removed"):
-            row = sorted([*row, binding], key=lambda b: -b.priority)
-        self.table[binding.match] = row
-        if not row:
-            del self.table[binding.match]
+        try:
+            self.check(binding, record.get("removed", False))
+            if not record.get("removed"):
+                row = sorted([*row, binding], key=lambda b: -b.priority)
+        finally:  # what it replaces is gone in any case
+            self.table[binding.match] = row
+            if not row:
+                del self.table[binding.match]
 
-    def check(self, binding: Binding) -> None:
+    def check(self, binding: Binding, removed: bool = False) -> None:
         """Raise ValueError unless a binding can ever match, and leads to an agent that is there."""
         if not all(isinstance(part, str) for part in (binding.agent, *binding.match)):
             raise ValueError("agent, channel, account, peer and guild must be text")
         if type(binding.priority) is not int:
             raise ValueError("priority must be a whole number")
-        if binding.agent not in self.agents:
+        if binding.agent not in self.agents and not removed:
             raise ValueError(f"there is no agent {binding.agent!r}")
         if binding.tier != "default" and not binding.channel:
             raise ValueError(f"a binding by {binding.tier} needs a channel")
 
     def change(self, binding: Binding, removed: bool = False) -> None:
         """Set or remove a binding, on disk first. Raises ValueError, OSError."""
-        self.check(binding)
+        self.check(binding, removed)
         record = asdict(binding) | ({"removed": True} if removed else {})
         with self.lock:
             self.journal.append(record)
@@ -2021,18 +2033,23 @@ class AgentManager:
             "sage": AgentConfig("sage", "You are Sage. You explain, and you name what you doubt."),
         }
         try:
-            listed = json.loads(file.read_text("utf-8")) if file.exists() else {}
-            for name, fields in listed.items():
-                self.add(AgentConfig(normalize_agent_id(name), **fields))
-        except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
-            show(f"[agents.json: {error}]\n")
+            listed = {} | json.loads(file.read_text("utf-8-sig")) if file.exists() else {}
+        except (OSError, RecursionError, TypeError, ValueError) as error:
+            listed = show(f"[agents.json: {error}]\n") or {}
+        for name, fields in listed.items():
+            try:
+                self.add(name, AgentConfig(normalize_agent_id(name), **fields))
+            except (TypeError, ValueError) as error:
+                show(f"[agents.json, {name}: {error}]\n")
 
-    def add(self, config: AgentConfig) -> None:
-        """Take an agent in. Raises ValueError unless its settings make sense."""
+    def add(self, name: str, config: AgentConfig) -> None:
+        """Take an agent in. Raises ValueError unless its name and its settings make sense."""
+        if config.id == "main" != name.lower():
+            raise ValueError("a name needs letters or digits of a-z 0-9")
         if not all(isinstance(value, str) for value in vars(config).values()):
-            raise ValueError(f"{config.id}: prompt, model and dm_scope must be text")
+            raise ValueError("prompt, model and dm_scope must be text")
         if config.dm_scope not in DM_SCOPES:
-            raise ValueError(f"{config.id}: dm_scope must be one of {', '.join(DM_SCOPES)}")
+            raise ValueError(f"dm_scope must be one of {', '.join(DM_SCOPES)}")
         self.agents[config.id] = config
 
     def store(self, agent_id: str) -> SessionStore:
@@ -2081,6 +2098,8 @@ class GatewayServer(Channel):
         self.watchers: dict[str, set[ServerConnection]] = {}
         self.clients: set[ServerConnection] = set()
         self.ready, self.link = threading.Event(), ""
+        self.running: dict[str, InboundMessage] = {}
+        self.senders: dict[str, ServerConnection] = {}
         self.began = time.monotonic()
 
     def start(self) -> None:
@@ -2097,17 +2116,22 @@ class GatewayServer(Channel):
         finally:
             self.ready.set()
 
+    def allows(self, message: InboundMessage) -> bool:
+        """Whoever has the token is listened to."""
+        return True
+
     def keep_token(self) -> str:
         """A token of the workspace's own, so that a link is good after a restart, too."""
         file = self.app.agent.workspace / ".gateway-token"
         if not file.exists() or not file.read_text("utf-8").strip():
+            file.touch(0o600)
             replace_file(file, os.urandom(16).hex())
-            file.chmod(0o600)
         return file.read_text("utf-8").strip()
 
     async def serve(self, port: int) -> None:
         """Open the port. Raises OSError when it is taken."""
-        logging.getLogger("websockets").setLevel(logging.CRITICAL + 1)
+        for logger in ("asyncio", "websockets"):  # clients that break off are no news
+            logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
         server = await serve(
             self.attend,
             "127.0.0.1",
@@ -2158,6 +2182,7 @@ class GatewayServer(Channel):
             pass
         finally:
             self.clients.discard(client)
+            self.senders = {name: c for name, c in self.senders.items() if c is not client}
             for key, watchers in list(self.watchers.items()):
                 watchers.discard(client)
                 if not watchers:
@@ -2165,7 +2190,7 @@ class GatewayServer(Channel):
 
     async def answer(self, client: ServerConnection, frame: str | bytes) -> dict | list | None:
         """What JSON-RPC 2.0 has as the answer to a frame; None to notifications."""
-        if len(frame) > MAX_FRAME:
+        if len(frame.encode() if isinstance(frame, str) else frame) > MAX_FRAME:
             return failure(None, -32600, f"a frame holds at most {MAX_FRAME:,} bytes")
         try:
             request = json.loads(frame, parse_constant=int)  # NaN is no JSON
@@ -2175,20 +2200,21 @@ class GatewayServer(Channel):
             return await self.call(client, request)
         if not 0 < len(request) <= MAX_BATCH:
             return failure(None, -32600, f"a batch holds 1 to {MAX_BATCH} requests")
-        replies = [await self.call(client, part) for part in request]
+        replies = []
+        for part in request:
+            replies.append(await self.call(client, part))
+            await asyncio.sleep(0)  # the others have a turn, too
         return [reply for reply in replies if reply is not None] or None
 
     async def call(self, client: ServerConnection, request: object) -> dict | None:
         """Run one request. Whatever is wrong becomes an error with a code of the specification."""
         match request:
-            case {"jsonrpc": "2.0", "method": str(name)} if is_id(request.get("id")):
+            case {"jsonrpc": "2.0", "method": str(name), **rest} if is_request(rest):
                 params, name_of_it = request.get("params", {}), request.get("id")
             case _:
                 name_of_it = request.get("id") if isinstance(request, dict) else None
                 return failure(name_of_it if is_id(name_of_it) else None, -32600, "Invalid Request")
         try:
-            if not isinstance(params, dict | list):
-                raise RpcError(-32600, "params must be an object or an array")
             if name not in METHODS:
                 raise RpcError(-32601, f"there is no method {name}"[:200])
             handler, wanted = METHODS[name]
@@ -2205,19 +2231,41 @@ class GatewayServer(Channel):
         """Send a client the events of a session from now on."""
         self.watchers.setdefault(key, set()).add(client)
 
+    def begin(self, agent: Agent, message: InboundMessage) -> None:
+        """Tell those who watch a session that a turn has begun."""
+        begun = {"role": "user", "text": message.said, "id": short_id(message)}
+        self.app.loop.loop.call_soon_threadsafe(self.note, agent.key, message)
+        self.emit(agent, "message", **begun)
+        self.emit(agent, "typing", on=True)
+
+    def end(self, agent: Agent, message: InboundMessage, text: str) -> None:
+        """Tell them how it ended."""
+        self.emit(agent, "typing", on=False)
+        self.emit(agent, "message", role="assistant", text=text, id=short_id(message))
+
+    def note(self, key: str, message: InboundMessage) -> None:
+        """Note the turn that runs in a session; who sent its message watches, wherever it went."""
+        self.running[key] = message
+        if client := self.senders.pop(message.ids[0], None):
+            self.watch(client, key)
+
     def emit(self, agent: Agent, event: str, **about: object) -> None:
         """Tell those who watch a session what happens in it; from any thread, and at once."""
         about = {"session": agent.key, "agent": agent.key.split(":")[1], **about}
         text = json.dumps({"jsonrpc": "2.0", "method": event, "params": about})
-        self.app.loop.loop.call_soon_threadsafe(self.cast, agent.key, text)
+        is_end = about.get("role") == "assistant"
+        self.app.loop.loop.call_soon_threadsafe(self.cast, agent.key, text, is_end)
 
-    def cast(self, key: str, text: str) -> None:
+    def cast(self, key: str, text: str, is_end: bool = False) -> None:
         """Hand an event to its clients; one that does not read what it gets is cut off."""
         watchers = self.watchers.get(key, set())
         for client in list(watchers):
-            if client.transport.get_write_buffer_size() > MAX_FRAME:
+            if client.transport.get_write_buffer_size() > 4 * MAX_FRAME:
                 client.transport.abort()
+                watchers.discard(client)
         broadcast(watchers, text)
+        if is_end:
+            self.running.pop(key, None)
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Nothing is left to do: the session has the answer, and those who watch it were told."""
@@ -2237,8 +2285,12 @@ class GatewayServer(Channel):
         if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,100}", name):
             raise RpcError(-32602, "text must say something; id is 1 to 100 of a-z A-Z 0-9 _ -")
         config, key, binding = self.app.route(message)
+        waiting = [each.peer for each in list(self.app.inbox.open.values())]
+        if waiting.count(message.peer) >= MAX_WAITING:
+            raise RpcError(-32000, f"{MAX_WAITING} messages wait already; try again later")
         self.watch(client, key)
         ids = [f"web:{message.peer}:{name}"]
+        self.senders[ids[0]] = client
         await asyncio.to_thread(self.app.inbox.put, replace(message, text=plain(text), ids=ids))
         tier = binding.tier if binding else "default"
         return {"id": name, "session": key, "agent": config.id, "matched_by": tier}
@@ -2254,23 +2306,30 @@ class GatewayServer(Channel):
             raise RpcError(-32602, f"there is no session {key}"[:200])
         found = await asyncio.to_thread(self.app.session, key, create=False)
         self.watch(client, key)
-        messages = [
-            {"role": message["role"], "text": message["content"]}
-            for message in found or []
-            if message["role"] != "tool" and message["content"]
+        told = self.transcript(key, found or [])[-limit:] if limit > 0 else []
+        sizes = accumulate(len(each["text"]) for each in reversed(told))
+        fits = max(sum(size < 2 * MAX_FRAME for size in sizes), 1)  # of the newest
+        busy = key in self.running
+        return {"session": key, "agent": agent_id, "messages": told[-fits:], "busy": busy}
+
+    def transcript(self, key: str, session: list) -> list[dict]:
+        """What was said in a session, with the question of the turn that runs, and what waits."""
+        running, inbox = self.running.get(key), self.app.inbox
+        ended = len(session)
+        if (
+            running and getattr(session, "asked", "") == running.ids[0]
+        ):  # its answer comes as events
+            asked = {"role": "user", "content": running.said}
+            ended = max((i for i, each in enumerate(session) if each == asked), default=ended)
+        told = [
+            {"role": each["role"], "text": each["content"]}
+            for each in session[:ended]
+            if each["role"] != "tool" and each["content"]
         ]
-        for message in list(self.app.inbox.open.values()):  # what waits for its turn
-            name = message.ids[0]
-            is_here = self.app.route(message)[1] == key and name not in self.app.inbox.answers
-            if is_here and not (found and found.asked == name):
-                about = {"role": "user", "text": message.said, "id": name.split(":")[-1]}
-                messages.append(about)
-        return {
-            "session": key,
-            "agent": agent_id,
-            "messages": messages[-max(limit, 1) :],
-            "busy": key == self.app.busy,
-        }
+        open_ = [each for each in list(inbox.open.values()) if each.ids[0] not in inbox.answers]
+        waiting = [each for each in open_ if self.app.route(each)[1] == key and each != running]
+        later = ([running] if running else []) + waiting
+        return told + [{"role": "user", "text": m.said, "id": short_id(m)} for m in later]
 
     @method("sessions.list")
     async def rpc_sessions(self, client: ServerConnection) -> list:
@@ -2293,8 +2352,8 @@ class GatewayServer(Channel):
     async def rpc_unbind(self, client: ServerConnection, **fields: str | int) -> dict:
         """Remove the binding with these fields and this priority, whatever its agent."""
         wanted = Binding(**fields)
-        for binding in self.app.bindings:
-            if (binding.match, binding.priority) == (wanted.match, wanted.priority):
+        for binding in self.app.bindings.table.get(wanted.match, []):
+            if binding.priority == wanted.priority:
                 return await self.change(binding, removed=True)
         raise RpcError(-32602, "there is no such binding")
 
@@ -2314,6 +2373,11 @@ class GatewayServer(Channel):
             "waiting": len(self.app.inbox.open),
             "channels": {str(channel.account): channel.status for channel in channels},
         }
+
+
+def short_id(message: InboundMessage) -> str:
+    """The id that a client gave to a message, or the platform."""
+    return message.ids[0].split(":")[-1]
 
 
 def respond(status: int, text: str, kind: str = "text/plain") -> Response:
@@ -2337,6 +2401,11 @@ def is_id(value: object) -> bool:
     if isinstance(value, float):
         return abs(value) < float("inf")
     return value is None or (isinstance(value, str | int) and not isinstance(value, bool))
+
+
+def is_request(rest: dict) -> bool:
+    """Whether what a request holds besides its version and method is right."""
+    return is_id(rest.get("id")) and isinstance(rest.get("params", {}), dict | list)
 
 
 def bind(wanted: list[inspect.Parameter], params: dict | list) -> dict:
@@ -2385,8 +2454,12 @@ def show_agents(agent: Agent, rest: str) -> str:
 def force_agent(agent: Agent, rest: str) -> str:
     if rest not in ("off", *agent.app.agents.agents):
         raise ValueError(f"there is no agent {rest!r}; see /agents")
-    agent.app.forced = "" if rest == "off" else rest
-    agent.app.agent_for(agent.app.cli.message("/agent"))
+    before, agent.app.forced = agent.app.forced, "" if rest == "off" else rest
+    try:
+        agent.app.agent_for(agent.app.cli.message("/agent"))
+    except OSError:
+        agent.app.forced = before
+        raise
     return f"{agent.key}: {agent.messages}"
 
 
@@ -2436,9 +2509,8 @@ def main() -> int:
                 print("agent> ", end="", flush=True)
                 failed |= not app.ask(text)
                 print()
-    app.stop()
     print()
-    return int(failed and not sys.stdin.isatty())
+    app.stop(int(failed and not sys.stdin.isatty()))
 
 
 if __name__ == "__main__":
