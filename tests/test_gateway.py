@@ -1063,3 +1063,46 @@ def test_frames_that_break_the_protocol_end_their_sender_alone(desk: Desk):
             pass
     assert client.ask("hello") == "heard hello"
     until(lambda: client.call("status")["clients"] == 1)
+
+
+# --- what watchers see ---
+
+
+@since("s05")
+def test_the_history_and_what_follows_hold_each_answer_once(desk: Desk):
+    desk.up()
+    client = desk.client()
+    for number in range(25):
+        client.call("send", text=f"hello {number}", peer="alice")
+        other = desk.client()
+        messages = other.call("sessions.history", peer="alice")["messages"]
+        client.wait("message", text=f"heard hello {number}")
+        other.call("status")  # what came before its reply has come
+        seen = [message["text"] for message in messages] + other.told("message", "text")
+        assert seen.count(f"heard hello {number}") == 1, (number, messages)
+        assert seen.count(f"hello {number}") in (1, 2), "twice if it was waiting: with its id"
+
+
+@since("s05")
+def test_what_commands_show_goes_to_no_client(desk: Desk):
+    screen, key = desk.up(), "agent:main:main"
+    client = desk.client()
+    client.call("sessions.history", session=key)
+    screen.type("hello\n")
+    client.wait("message", role="assistant")
+    screen.type("/gateway\n")
+    screen.wait_for("1 clients")
+    client.call("status")
+    assert not [text for text in client.told("delta", "text") if "token" in text]
+
+
+@since("s05")
+def test_a_sender_sees_the_answer_wherever_its_message_went(desk: Desk):
+    """It is bound to another agent while it waits for its turn."""
+    desk.up()
+    client = desk.client()
+    client.call("send", text="wait", peer="bob")
+    client.call("send", text="hello", peer="alice")
+    client.call("bindings.set", agent="luna", channel="web", peer="alice")
+    desk.gate.set()
+    assert client.wait("message", text="heard hello")["agent"] == "luna"

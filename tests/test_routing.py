@@ -499,3 +499,25 @@ def test_commands_at_the_terminal(desk: Desk):
     assert "session" in say("/new fresh")
     say("/agent luna")
     assert len(client.history(session="agent:luna:main")) == 4, "/new was sage's"
+
+
+@since("s05")
+def test_one_bad_agent_leaves_the_others(section, fake_model: FakeModel, workspace: Path):
+    fake_model.script("brain", [Text("fine")], repeat=True)
+    listed = {"typo": {"promt": "x"}, "诗人": {"prompt": "x"}, "poet": {"prompt": "You are Poe."}}
+    (workspace / "agents.json").write_text(json.dumps(listed), encoding="utf-8")
+    done = harness.pipe(section, "/agents\nquit\n", fake_model.env("brain"))
+    told = [line for line in done.stdout.splitlines() if line.startswith("[agents.json")]
+    assert [re.search(r", (\w+):", line)[1] for line in told] == ["typo", "诗人"], done.stdout
+    assert "You are Poe." in done.stdout and "* main\n" in done.stdout
+
+
+@since("s05")
+def test_a_replaced_binding_does_not_come_back(desk: Desk):
+    """Although the agent that replaced it is gone, and cannot be loaded any more."""
+    fields = {"channel": "web", "peer": "alice"}
+    records = [{"agent": "luna"}, {"agent": "gone"}, {"agent": "gone", "removed": True}]
+    lines = [json.dumps(record | fields) + "\n" for record in records]
+    (desk.workspace / "bindings.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert "line 2: there is no agent 'gone'" in desk.up().text
+    assert desk.client().call("bindings.list") == []

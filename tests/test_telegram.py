@@ -704,3 +704,58 @@ def test_killed_at_any_moment_25_times(post: Post, seed: int):
 
 def slowly(body: dict) -> Stall:
     return Stall(1, 0.03, Stall(2, 0.03, Text(f"heard {words(body)}")))
+
+
+# --- what an earlier run has left ---
+
+
+def leave(post: Post, *more: dict) -> None:
+    """An inbox with a message of 42 that is not answered yet."""
+    about = {"channel": "telegram", "account": "default", "peer": "42", "kind": "direct"}
+    message = about | {"text": "left over", "ids": ["telegram:1:42:7"], "sender": "Ada"}
+    records = [{"type": "message", "message": message}, *more]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (post.workspace / ".inbox.jsonl").write_text(text, encoding="utf-8")
+    post.telegram.know(42)
+
+
+@since("s04")
+def test_who_is_no_longer_allowed_waits(post: Post):
+    leave(post)
+    with post.screen(TELEGRAM_ALLOWED_CHATS="43"):
+        post.ask("hello", 43)
+    assert post.questions == ["hello"] and post.told(42) == []
+    with post.screen():
+        assert post.wait(1)[0].text == "heard left over"
+
+
+@since("s04")
+def test_a_refused_token_loses_no_answer(post: Post):
+    leave(post, {"type": "answer", "id": "telegram:1:42:7", "text": "the late answer"})
+    again = "trying again"
+    with post.screen(polls=False, TELEGRAM_BOT_TOKEN="123456:mistyped") as screen:
+        screen.wait_for(re.compile(rf"{again}[\s\S]*{again}"))  # the poll, and what is to be sent
+        screen.kill()
+    with post.screen():
+        assert post.wait(1)[0].text == "the late answer"
+    assert post.questions == []
+
+
+@since("s04")
+def test_what_the_inbox_cannot_read_is_set_aside(post: Post):
+    leave(post, {"type": "message", "message": {"ids": ["x"], "mood": "unheard of"}})
+    with post.screen() as screen:
+        assert post.wait(1)[0].text == "heard left over"
+        assert ".inbox.jsonl.damaged" in screen.text
+    assert "unheard of" in (post.workspace / ".inbox.jsonl.damaged").read_text(encoding="utf-8")
+
+
+@since("s04")
+def test_a_quit_waits_for_no_thread(post: Post):
+    """Strangers write while the program ends: each is told at the terminal, by a thread."""
+    for number in range(5):
+        with post.screen() as screen:
+            for stranger in range(30):
+                post.telegram.say("let me in", 1000 + 30 * number + stranger)
+            screen.press("ctrl-d")
+            assert screen.wait_exit(3) == 0
