@@ -1151,7 +1151,7 @@ class Channel:
 
     name = ""
     setting = ""  # an account is there when it has this one
-    library = "asyncio"
+    library = ""  # imported before the threads run
     limit = 4000  # UTF-16 units in a text
 
     def __init__(self, app: "App", account: ChannelAccount) -> None:
@@ -1699,7 +1699,7 @@ class ChannelManager:
                 if value.strip() and (match := re.fullmatch(pattern, name, re.IGNORECASE)):
                     account = ChannelAccount(kind.name, (match[1] or "default").lower())
                     self.channels[kind.name, account.id] = kind(app, account)
-                    with suppress(ImportError):  # which its start will tell
+                    with suppress(ImportError, ValueError):  # its start will tell, or needs none
                         import_module(kind.library)  # now: the SDK stumbles over half an import
 
     def find(self, message: InboundMessage) -> Channel | None:
@@ -1778,8 +1778,8 @@ class App:
             if command not in FROM_AFAR or not run_command(agent, message.text):
                 text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
+            told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
             if channel is not self.cli:
-                told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
                 self.reply(message, told)
         return text
 

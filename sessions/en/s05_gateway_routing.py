@@ -1176,7 +1176,7 @@ class Channel:
 
     name = ""
     setting = ""  # an account is there when it has this one
-    library = "asyncio"
+    library = ""  # imported before the threads run
     limit = 4000  # UTF-16 units in a text
 
     def __init__(self, app: "App", account: ChannelAccount) -> None:
@@ -1725,7 +1725,7 @@ class ChannelManager:
                 if value.strip() and (match := re.fullmatch(pattern, name, re.IGNORECASE)):
                     account = ChannelAccount(kind.name, (match[1] or "default").lower())
                     self.channels[kind.name, account.id] = kind(app, account)
-                    with suppress(ImportError):  # which its start will tell
+                    with suppress(ImportError, ValueError):  # its start will tell, or needs none
                         import_module(kind.library)  # now: the SDK stumbles over half an import
 
     def find(self, message: InboundMessage) -> Channel | None:
@@ -1813,10 +1813,10 @@ class App:
             if command not in FROM_AFAR or not run_command(agent, message.text):
                 text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
+            told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
             if channel is not self.cli:
-                told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
                 self.reply(message, told)
-            self.gateway.end(agent, message, text or shown[-1].strip())
+            self.gateway.end(agent, message, told)
         return text
 
     def ask(self, text: str) -> str:
@@ -2316,9 +2316,8 @@ class GatewayServer(Channel):
         """What was said in a session, with the question of the turn that runs, and what waits."""
         running, inbox = self.running.get(key), self.app.inbox
         ended = len(session)
-        if (
-            running and getattr(session, "asked", "") == running.ids[0]
-        ):  # its answer comes as events
+        is_asked = running and getattr(session, "asked", "") == running.ids[0]
+        if is_asked:  # its answer comes as events
             asked = {"role": "user", "content": running.said}
             ended = max((i for i, each in enumerate(session) if each == asked), default=ended)
         told = [
