@@ -6,6 +6,7 @@
 #     "openai>=3.54,<4",
 #     "python-dotenv>=1.2.1",
 #     "python-telegram-bot>=22.8",
+#     "PyYAML>=6.0.3",
 #     "websockets>=17.4",
 # ]
 # ///
@@ -365,10 +366,11 @@ def deltas(message: dict) -> list[dict]:
 
 
 def embed(text: str) -> list[float]:
-    """Counts of hashed three-letter pieces, as 256 numbers of length 1."""
-    vector, padded = [0.0] * 256, f" {text.lower()} "
-    for i in range(len(padded) - 2):
-        vector[zlib.crc32(ascii(padded[i : i + 3]).encode()) % 256] += 1
+    """Hashed pieces of two and three letters, as 256 numbers of length 1."""
+    vector, padded = [1e-9] * 256, f" {text.lower()} "
+    for i in range(2 * len(padded) - 3):
+        piece = zlib.crc32(ascii(padded[i // 2 : i // 2 + 2 + i % 2]).encode())
+        vector[piece % 256] += 1 if piece & 256 else -1
     length = sum(x * x for x in vector) ** 0.5
     return [x / length for x in vector]
 

@@ -577,6 +577,7 @@ class Session(list):
         super().__init__()
         self.journal = journal
         self.header = {"label": ""}
+        self.fixed = estimate(TOOLS)  # tokens that are in each request
         self.estimated, self.scale = 0, 1.0
         self.windows: dict[str, int] = {}
         self.used = 0
@@ -591,8 +592,9 @@ class Session(list):
             case {"type": "session", "label": str()}:
                 self.header = record
             case {"type": "message", "message": dict(message)} if is_message(message):
-                if isinstance(used := record.get("used"), int) and used > 0:
-                    self.scale = min(max(used / (estimate(TOOLS) + self.estimated), 0.25), 4)
+                match record:
+                    case {"used": int(used), "fixed": int(fixed)} if min(used, fixed) > 0:
+                        self.scale = min(max(used / (fixed + self.estimated), 0.25), 4)
                 super().append(message)
                 self.estimated += estimate(message)
             case {"type": "retraction", "to": int(length)}:
@@ -615,7 +617,8 @@ class Session(list):
 
     def append(self, message: dict) -> None:
         """Add a message, with `used`: the tokens before it as the server counted, if it did."""
-        self.change({"type": "message", "message": message, "used": self.used})
+        about = {"used": self.used, "fixed": self.fixed}
+        self.change({"type": "message", "message": message, **about})
         self.used = 0
 
     def pop(self) -> None:
@@ -635,7 +638,7 @@ class Session(list):
 
     def tokens(self) -> int:
         """The tokens of the next request: an estimate, scaled by what the server last counted."""
-        return int(self.scale * (estimate(TOOLS) + self.estimated))
+        return int(self.scale * (self.fixed + self.estimated))
 
 
 def estimate(value: object) -> int:
@@ -785,7 +788,7 @@ class ContextGuard:
             with suppress(ContextOverflow):
                 return self.attempt(agent)
             last, limit = agent.messages[-1], self.limit(agent)
-            least = (estimate(last) + estimate(TOOLS)) * agent.messages.scale + limit // 8
+            least = (estimate(last) + agent.messages.fixed) * agent.messages.scale + limit // 8
             if last["role"] == "user" and least > limit * 9 // 10:
                 break  # the question alone, with a summary before it, would not fit
             make_room(agent, share)

@@ -609,6 +609,7 @@ class Session(list):
         self.journal = journal
         self.header = {"label": ""}
         self.asked = ""
+        self.fixed = estimate(TOOLS)  # tokens that are in each request
         self.estimated, self.scale = 0, 1.0
         self.windows: dict[str, int] = {}
         self.used = 0
@@ -623,8 +624,9 @@ class Session(list):
             case {"type": "session", "label": str()}:
                 self.header = record
             case {"type": "message", "message": dict(message)} if is_message(message):
-                if isinstance(used := record.get("used"), int) and used > 0:
-                    self.scale = min(max(used / (estimate(TOOLS) + self.estimated), 0.25), 4)
+                match record:
+                    case {"used": int(used), "fixed": int(fixed)} if min(used, fixed) > 0:
+                        self.scale = min(max(used / (fixed + self.estimated), 0.25), 4)
                 super().append(message)
                 self.asked = record.get("asked") or self.asked
                 self.estimated += estimate(message)
@@ -652,7 +654,7 @@ class Session(list):
 
         A question that came through the inbox is `asked` by its id, and so known after a crash.
         """
-        about = {"used": self.used} | ({"asked": asked} if asked else {})
+        about = {"used": self.used, "fixed": self.fixed} | ({"asked": asked} if asked else {})
         self.change({"type": "message", "message": message, **about})
         self.used = 0
 
@@ -673,7 +675,7 @@ class Session(list):
 
     def tokens(self) -> int:
         """The tokens of the next request: an estimate, scaled by what the server last counted."""
-        return int(self.scale * (estimate(TOOLS) + self.estimated))
+        return int(self.scale * (self.fixed + self.estimated))
 
 
 def estimate(value: object) -> int:
@@ -823,7 +825,7 @@ class ContextGuard:
             with suppress(ContextOverflow):
                 return self.attempt(agent)
             last, limit = agent.messages[-1], self.limit(agent)
-            least = (estimate(last) + estimate(TOOLS)) * agent.messages.scale + limit // 8
+            least = (estimate(last) + agent.messages.fixed) * agent.messages.scale + limit // 8
             if last["role"] == "user" and least > limit * 9 // 10:
                 break  # the question alone, with a summary before it, would not fit
             make_room(agent, share)
@@ -1109,8 +1111,13 @@ class Inbox:
 def rewrite_journal(path: Path, records: list[dict]) -> None:
     """Put a file with these records in place of a journal that nobody has open, and sync both."""
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Get a folder onto the disk: which files it has, and their names."""
     with suppress(OSError):  # Windows opens no folder
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 

@@ -625,6 +625,7 @@ class Session(list):
         self.journal = journal
         self.header = {"label": ""}
         self.asked = ""
+        self.fixed = estimate(TOOLS)  # tokens that are in each request
         self.estimated, self.scale = 0, 1.0
         self.windows: dict[str, int] = {}
         self.used = 0
@@ -639,8 +640,9 @@ class Session(list):
             case {"type": "session", "label": str()}:
                 self.header = record
             case {"type": "message", "message": dict(message)} if is_message(message):
-                if isinstance(used := record.get("used"), int) and used > 0:
-                    self.scale = min(max(used / (estimate(TOOLS) + self.estimated), 0.25), 4)
+                match record:
+                    case {"used": int(used), "fixed": int(fixed)} if min(used, fixed) > 0:
+                        self.scale = min(max(used / (fixed + self.estimated), 0.25), 4)
                 super().append(message)
                 self.asked = record.get("asked") or self.asked
                 self.estimated += estimate(message)
@@ -668,7 +670,7 @@ class Session(list):
 
         A question that came through the inbox is `asked` by its id, and so known after a crash.
         """
-        about = {"used": self.used} | ({"asked": asked} if asked else {})
+        about = {"used": self.used, "fixed": self.fixed} | ({"asked": asked} if asked else {})
         self.change({"type": "message", "message": message, **about})
         self.used = 0
 
@@ -689,7 +691,7 @@ class Session(list):
 
     def tokens(self) -> int:
         """The tokens of the next request: an estimate, scaled by what the server last counted."""
-        return int(self.scale * (estimate(TOOLS) + self.estimated))
+        return int(self.scale * (self.fixed + self.estimated))
 
 
 def estimate(value: object) -> int:
@@ -839,7 +841,7 @@ class ContextGuard:
             with suppress(ContextOverflow):
                 return self.attempt(agent)
             last, limit = agent.messages[-1], self.limit(agent)
-            least = (estimate(last) + estimate(TOOLS)) * agent.messages.scale + limit // 8
+            least = (estimate(last) + agent.messages.fixed) * agent.messages.scale + limit // 8
             if last["role"] == "user" and least > limit * 9 // 10:
                 break  # the question alone, with a summary before it, would not fit
             make_room(agent, share)
@@ -1134,8 +1136,13 @@ class Inbox:
 def rewrite_journal(path: Path, records: list[dict]) -> None:
     """Put a file with these records in place of a journal that nobody has open, and sync both."""
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Get a folder onto the disk: which files it has, and their names."""
     with suppress(OSError):  # Windows opens no folder
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
@@ -1851,6 +1858,7 @@ class App:
         agent.messages, agent.key = self.session(key), key
         agent.store, agent.system = self.agents.store(config.id), config.prompt
         agent.settings = self.settings | ({"model": config.model} if config.model else {})
+        agent.messages.fixed = estimate(TOOLS) + estimate(agent.system)
         return agent
 
     def route(self, message: InboundMessage) -> tuple["AgentConfig", str, "Binding | None"]:
