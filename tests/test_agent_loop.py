@@ -257,9 +257,17 @@ def test_bytes_and_characters_that_do_harm(section: Section, fake_model: FakeMod
 
 @since("s01")
 def test_refused_requests(section: Section, fake_model: FakeModel):
-    kinds = ("overflow", "fatal", "parameter")
+    kinds = ("fatal", "parameter")
     names = [name for name, failure in corpora.ERRORS.items() if failure.kind in kinds]
     check_errors(section, fake_model, names)
+
+
+@since("s01")
+def test_requests_refused_for_their_length(section: Section, fake_model: FakeModel, tmp_path: Path):
+    """Each in a workspace of its own: from s03 on, a refusal teaches how small the window is."""
+    for name, failure in corpora.ERRORS.items():
+        if failure.kind == "overflow":
+            check_errors(section, fake_model, [name], WORKSPACE_DIR=str(tmp_path / name))
 
 
 @since("s01", until="s08")  # from s09 on such a turn is tried again, in the open
@@ -271,10 +279,12 @@ def test_failures_are_shown_and_not_tried_again(section: Section, fake_model: Fa
     assert len(fake_model.chats) == 2 * len(names)
 
 
-def check_errors(section: Section, fake_model: FakeModel, names: list[str]) -> SimpleNamespace:
+def check_errors(
+    section: Section, fake_model: FakeModel, names: list[str], **env: str
+) -> SimpleNamespace:
     failures = {name: corpora.ERRORS[name] for name in names}
     script(fake_model, {n: Error(f.status, f.headers, f.body) for n, f in failures.items()})
-    run = play(section, env_for(fake_model), names)
+    run = play(section, env_for(fake_model, **env), names)
     for name, failure in failures.items():
         check_turns(fake_model, run.shown, name)
         lines = run.shown[name].splitlines()
