@@ -150,6 +150,7 @@ def clean_env(home: Path, workspace: Path | None = None) -> dict[str, str]:
     env = dict.fromkeys(sorted(names), "")
     env |= {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "TERM": "xterm"}
     env |= {"HOME": str(home), "GATEWAY_PORT": "0"}
+    env["SSL_CERT_DIR"] = str(home)  # no certificates there: to read all takes a third of a start
     if site.ENABLE_USER_SITE:
         env["PYTHONUSERBASE"] = site.getuserbase()
     if os.name == "nt":
