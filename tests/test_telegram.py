@@ -543,7 +543,7 @@ def test_two_processes_with_one_bot(post: Post):
         assert post.ask("hello").text == "heard hello"
         assert time.monotonic() - began > 1, "it does not try again at once"
         screen.wait_for("on, as @tutor_bot")
-    assert len(lines_with(screen.paper, "409")) == 1
+    assert len(lines_with(screen.paper, "(409)")) == 1
 
 
 @since("s04")
