@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "croniter>=7.0",
 #     "cryptography>=50",
 #     "httpx>=0.28",
 #     "openai>=3.54,<4",

@@ -63,6 +63,11 @@ SETTINGS = [
     "FEISHU_ALLOWED_CHATS",
     "FEISHU_PORT",
     "GATEWAY_TOKEN",
+    "HEARTBEAT_SECONDS",
+    "HEARTBEAT_HOURS",
+    "TIMEZONE",
+    "OWNER",
+    "SKILLS_DIR",
 ]
 UNSHIPPED = {".env", ".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".pyc"}
 KEYS = {

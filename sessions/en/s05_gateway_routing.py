@@ -2261,7 +2261,7 @@ class GatewayServer(Channel):
         """Tell those who watch a session what happens in it; from any thread, and at once."""
         about = {"session": agent.key, "agent": agent.key.split(":")[1], **about}
         text = json.dumps({"jsonrpc": "2.0", "method": event, "params": about})
-        is_end = about.get("role") == "assistant"
+        is_end = about.get("role") == "assistant" and "id" in about
         self.app.loop.loop.call_soon_threadsafe(self.cast, agent.key, text, is_end)
 
     def cast(self, key: str, text: str, is_end: bool = False) -> None:

@@ -1774,7 +1774,7 @@ class App:
         self.opening = threading.Lock()
         self.skills = SkillsManager(agent.workspace)
         self.memories: dict[str, MemoryStore] = {}
-        self.told: set[str] = set()
+        self.told: dict[str, tuple[str, ...]] = {}
         try:
             self.bindings = BindingTable(agent.workspace / "bindings.jsonl", self.agents.agents)
             self.inbox = Inbox(agent.workspace / ".inbox.jsonl")
@@ -1906,18 +1906,18 @@ class App:
         except (AttributeError, TypeError, ValueError) as error:  # of an odd reply
             raise openai.OpenAIError(f"no vectors came: {error}") from None
 
-    def report(self, problems: list[str]) -> None:
-        """Tell of problems with files or servers at the terminal, of each once while it lasts."""
-        for line in problems:
-            if line not in self.told:
+    def report(self, about: str, *problems: str) -> None:
+        """Tell at the terminal what is wrong about something now, of each once while it lasts."""
+        before, self.told[about] = self.told.get(about, ()), problems
+        for line in dict.fromkeys(problems):
+            if line not in before:
                 self.cli.send("", f"[{line}]")
 
     def look_up(self, agent: Agent, query: str, limit: int, least: float = 0) -> str:
         """The notes that fit a query, as a text."""
         memory = self.memory(agent)
         hits = memory.search(query, limit)
-        self.report([memory.problem] if memory.problem else [])
-        self.told |= {memory.problem}
+        self.report("memory", *filter(None, [memory.problem]))
         return "\n\n".join(str(hit) for hit in hits if hit.score >= least)
 
     def recall(self, agent: Agent, message: InboundMessage) -> None:
@@ -1931,7 +1931,7 @@ class App:
             try:
                 found = self.look_up(agent, message.text, 3, RECALL_SCORE)
             except (OSError, sqlite3.Error) as error:
-                found = self.report([f"memory: {error}"]) or ""
+                found = self.report("memory", f"memory: {error}") or ""
             if found:
                 agent.system += f"\n\n<recalled>\nNotes that may fit:\n\n{found}\n</recalled>"
         agent.messages.fixed = estimate(TOOLS) + estimate(agent.system)
@@ -1954,9 +1954,7 @@ class App:
         }
         if where and where is not self.cli:
             parts["channel"] += f" Plain text; from {where.limit:,} characters on it is cut."
-        problems = loader.problems + self.skills.problems
-        self.report(problems)
-        self.told = {*problems, *(memory.problem for memory in self.memories.values())}
+        self.report("files", *loader.problems, *self.skills.problems)
         return build_system_prompt(files, parts, mode)
 
     def route(self, message: InboundMessage) -> tuple["AgentConfig", str, "Binding | None"]:
@@ -2359,7 +2357,7 @@ class GatewayServer(Channel):
         """Tell those who watch a session what happens in it; from any thread, and at once."""
         about = {"session": agent.key, "agent": agent.key.split(":")[1], **about}
         text = json.dumps({"jsonrpc": "2.0", "method": event, "params": about})
-        is_end = about.get("role") == "assistant"
+        is_end = about.get("role") == "assistant" and "id" in about
         self.app.loop.loop.call_soon_threadsafe(self.cast, agent.key, text, is_end)
 
     def cast(self, key: str, text: str, is_end: bool = False) -> None:
