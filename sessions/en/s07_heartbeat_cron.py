@@ -3327,15 +3327,15 @@ class Clock:
 
 def local_zone(name: str = "") -> tzinfo:
     """The time zone of a name, else TIMEZONE's, else the machine's. Raises ValueError."""
-    name = name or os.getenv("TIMEZONE", "").strip() or os.getenv("TZ", "").strip(": ")
-    try:
-        if name:
+    if name := name or os.getenv("TIMEZONE", "").strip():
+        try:
             return ZoneInfo(name)
-        with open("/etc/localtime", "rb") as file:
-            return ZoneInfo.from_file(file)
-    except (KeyError, OSError, ValueError) as error:
-        if name:
+        except (KeyError, OSError, ValueError) as error:
             raise ValueError(f"there is no time zone {name!r}") from error
+    with suppress(KeyError, OSError, ValueError):
+        return ZoneInfo(os.environ["TZ"])
+    with suppress(OSError, ValueError), open("/etc/localtime", "rb") as file:
+        return ZoneInfo.from_file(file)
     return datetime.now().astimezone().tzinfo
 
 
@@ -3344,28 +3344,28 @@ class Lane:
 
     def __init__(self, has_more: Callable[[], bool]) -> None:
         self.lock, self.has_more = threading.Lock(), has_more
-        self.waiting = 0
+        self.waiting: list[str] = []
 
     def __enter__(self) -> None:
-        self.waiting += 1
+        self.waiting.append("a person")
         try:
             self.lock.acquire()
         finally:
-            self.waiting -= 1
+            self.waiting.pop()
 
     def __exit__(self, *about: object) -> None:
         self.lock.release()
 
     def busy(self) -> bool:
         """Whether somebody is being answered, or waits to be."""
-        return self.lock.locked() or self.waiting > 0 or self.has_more()
+        return self.lock.locked() or bool(self.waiting) or self.has_more()
 
     def attempt(self) -> bool:
         """Take the lane if nobody else has it or wants it; who takes it has to release it."""
         return not self.busy() and self.lock.acquire(blocking=False)
 
     def __str__(self) -> str:
-        return f"main: one at a time, {self.waiting} waiting"
+        return f"main: one at a time, {len(self.waiting)} waiting"
 
 
 @dataclass
@@ -3713,9 +3713,9 @@ class CronService:
             name = isinstance(entry, dict) and entry.get("id") or f"job {number}"
             try:
                 job = self.read(entry)
-                self.jobs[job.id] = job
                 self.note(job)
                 self.plan(job)
+                self.jobs[job.id] = job
             except ValueError as error:
                 self.problems.append(f"CRON.json, {name}: {error}")
 
@@ -3794,7 +3794,8 @@ class CronService:
             while is_turn and not self.app.lane.attempt():
                 time.sleep(0.5)
             try:
-                if self.jobs.get(job.id) is not job:
+                now = self.jobs.get(job.id)
+                if not now or now.digest() != job.digest():
                     return  # it was edited or removed while it waited
                 self.log.record("start", job=job.id, at=self.clock.now())
                 text = self.perform(job) if is_turn else job.payload["text"]
@@ -3803,16 +3804,18 @@ class CronService:
             finally:
                 if is_turn:
                     self.app.lane.lock.release()
-            self.end(job, error, self.clock.now())
             if text:
                 self.app.announce(f"cron {job.id}", text)
+            self.end(job, error, self.clock.now())
+            if job.delete_after_run and self.log.states[job.id].done and not error:
+                self.forget(job)
         except Exception as failure:  # as of a full disk
             self.app.report("cron", f"cron {job.id}: {explain(failure)}")
         finally:
             with self.log.lock:
                 self.active.discard(job.id)
-                if self.jobs.get(job.id) is job:
-                    self.plan(job)
+                if job.id in self.jobs:
+                    self.plan(self.jobs[job.id])
             self.event.set()
 
     def perform(self, job: CronJob) -> str:
@@ -3823,7 +3826,8 @@ class CronService:
     def end(self, job: CronJob, error: str, now: float) -> None:
         """Write down how a run ended. A failure is told of; the fifth in a row is the last."""
         cut_off = error.startswith("interrupted")
-        done = job.schedule["kind"] == "at" and (not error or cut_off)
+        is_same = self.log.states[job.id].schedule == job.digest("schedule")
+        done = is_same and job.schedule["kind"] == "at" and (not error or cut_off)
         self.log.record("end", job=job.id, at=now, error=error, done=done)
         state = self.log.states[job.id]
         if state.errors == MAX_ERRORS:
@@ -3831,8 +3835,6 @@ class CronService:
             self.app.announce(f"cron {job.id}", f"{told}. Edit it, or /cron-trigger {job.id}")
         elif error:
             self.app.cli.send("", f"[cron {job.id}: {error}]")
-        if job.delete_after_run and done and not error:
-            self.forget(job)
 
     def forget(self, job: CronJob) -> None:
         """Take a job out of CRON.json."""
