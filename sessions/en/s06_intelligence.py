@@ -1889,12 +1889,12 @@ class App:
 
     def memory(self, agent: Agent) -> "MemoryStore":
         """The notes of an agent."""
-        home = self.home(agent)
+        name, model = agent.key.split(":")[1], os.getenv("EMBEDDING_MODEL", "").strip()
         with self.opening:
-            if home.name not in self.memories:
-                model = os.getenv("EMBEDDING_MODEL", "").strip()
-                self.memories[home.name] = MemoryStore(home, agent.workspace, model, self.embed)
-            return self.memories[home.name]
+            if name not in self.memories:
+                home = self.home(agent)
+                self.memories[name] = MemoryStore(home, agent.workspace, model, self.embed)
+            return self.memories[name]
 
     def embed(self, texts: list[str]) -> list[list[float]]:
         """The vectors of some texts, by EMBEDDING_MODEL. Raises OpenAIError."""
@@ -3049,7 +3049,8 @@ class MemoryStore:
                 exact = unit_vectors(self.embed([query]), 1)[0]
                 sketch, self.problem = sketch_of(exact), ""
         except (openai.OpenAIError, ValueError) as error:
-            self.problem = f"{self.model}: {explain(error)}; searching by words alone"
+            told = explain(error).replace("check MODEL_ID", "check EMBEDDING_MODEL")
+            self.problem = f"{self.model}: {told}; searching by words alone"
             self.pause = time.monotonic() + 60
             return None
         size = math.sqrt(sketch.bit_count()) or 1
@@ -3190,6 +3191,7 @@ def build_system_prompt(files: dict[str, str], parts: dict[str, str], mode: str 
 
 @tool("Keep a fact: it is added to today's notes.", content="one fact, in a sentence of its own")
 def memory_write(agent: Agent, content: str) -> str:
+    check_private(agent)
     return f"kept in {agent.app.memory(agent).write(content)}"
 
 
@@ -3199,7 +3201,14 @@ def memory_write(agent: Agent, content: str) -> str:
     limit="notes at most",
 )
 def memory_search(agent: Agent, query: str, limit: int = 6) -> str:
+    check_private(agent)
     return agent.app.look_up(agent, query, min(max(limit, 1), 50)) or "nothing was found"
+
+
+def check_private(agent: Agent) -> None:
+    """Raise ValueError in a group: what one person said is not for all, nor theirs to add to."""
+    if ":group:" in agent.key:
+        raise ValueError("notes are not for groups")
 
 
 @command("/soul", "the agent's SOUL.md")
