@@ -2,12 +2,13 @@
 
 python tests/bench/bench.py            every benchmark, a table each
 python tests/bench/bench.py prompt     one of them: prompt, call, append, replay, routing,
-                                         gateway
+                                         gateway, memory, cron
 """
 
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect
@@ -240,6 +242,62 @@ def ask_status(link: str, clients: int, requests: int = 4000) -> float:
     return asyncio.run(load())
 
 
+def memory(url: str, folder: Path) -> None:
+    """A search and a new note among 10,000 notes, against 100 (goals: 25 ms, a few ms)."""
+    section, dice = sections()[-1], random.Random(1)
+    words = [
+        "".join(dice.choices("abcdefghijklmnoprstuvw", k=dice.randint(3, 9))) for _ in range(4000)
+    ]
+    stores = {}
+    for size in (100, 10_000):
+        days = folder / str(size) / "memory"
+        days.mkdir(parents=True)
+        for day in range(10):
+            notes = (f"- {' '.join(dice.choices(words, k=18))}\n" for _ in range(size // 10))
+            (days / f"2026-10-{day + 1:02}.md").write_text("".join(notes), encoding="utf-8")
+        stores[size] = section.module.MemoryStore(days.parent, days.parent, "", None)
+        stores[size].search(words[0])
+
+    def search(store: object) -> None:
+        store.search(" ".join(dice.choices(words, k=4)))
+
+    def write(store: object) -> None:
+        store.write(" ".join(dice.choices(words, k=18)))
+
+    for name, step in {"search": search, "write": write}.items():
+        few, many = (timed(partial(step, stores[size]), 5) for size in (100, 10_000))
+        times = medians(20, few=few, many=many)
+        row(
+            "memory",
+            f"{name}, 10,000",
+            f"{times['many'] * 1000:.1f} ms",
+            times["many"] / times["few"],
+        )
+
+
+def cron(url: str, folder: Path) -> None:
+    """A tick of the scheduler with 10,000 jobs of which none is due, against 10 (goal: 1.0)."""
+    section, module, services = sections()[-1], sections()[-1].module, {}
+    for size in (10, 10_000):
+        home = folder / f"cron{size}"
+        home.mkdir()
+        payload = {"kind": "system_event", "text": "x"}
+        schedule = {"kind": "every", "every_seconds": 10**6}
+        jobs = [{"id": f"j{n}", "schedule": schedule, "payload": payload} for n in range(size)]
+        (home / "CRON.json").write_text(json.dumps({"jobs": jobs}), encoding="utf-8")
+        app = SimpleNamespace(
+            agent=SimpleNamespace(workspace=home),
+            agents=SimpleNamespace(agents=["main"]),
+            report=lambda about, *problems: None,
+        )
+        log = module.RunLog(home / "cron-runs.jsonl")
+        services[size] = module.CronService(app, module.Clock(), log)
+        services[size].tick()
+    few, many = (timed(services[size].tick, 200) for size in (10, 10_000))
+    times = medians(20, few=few, many=many)
+    row("cron", section.label, f"{times['many'] * 1e6:.0f} us", times["many"] / times["few"])
+
+
 def row(*cells: object) -> None:
     """Print one row: benchmark, case, figure, ratio."""
     *texts, ratio = cells
@@ -253,6 +311,8 @@ BENCHMARKS = {
     "replay": replay,
     "routing": routing,
     "gateway": gateway,
+    "memory": memory,
+    "cron": cron,
 }
 
 
