@@ -1902,8 +1902,8 @@ class App:
         client = self.agent.client.with_options(timeout=10)
         try:
             reply = client.embeddings.create(input=texts, model=model, encoding_format="float")
-            return [each.embedding for each in reply.data]
-        except (AttributeError, TypeError, ValueError) as error:  # of an odd reply
+            return [each.embedding for each in sorted(reply.data, key=lambda each: each.index)]
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # an odd reply
             raise openai.OpenAIError(f"no vectors came: {error}") from None
 
     def report(self, about: str, *problems: str) -> None:
@@ -1930,8 +1930,8 @@ class App:
         elif message.kind == "direct" and agent.guard.limit(agent) >= SMALL_WINDOW:
             try:
                 found = self.look_up(agent, message.text, 3, RECALL_SCORE)
-            except (OSError, sqlite3.Error) as error:
-                found = self.report("memory", f"memory: {error}") or ""
+            except Exception as error:  # whatever it is, it must not cost the answer
+                found = self.report("memory", f"memory: {explain(error)}") or ""
             if found:
                 agent.system += f"\n\n<recalled>\nNotes that may fit:\n\n{found}\n</recalled>"
         agent.messages.fixed = estimate(TOOLS) + estimate(agent.system)
@@ -2838,15 +2838,20 @@ def n_grams(text: str) -> int:
 def split_notes(text: str, first: int = 1) -> Iterator[tuple[int, str]]:
     """The notes in a text, each with its line: paragraphs and list items, under their heading."""
     note: list[str] = []
-    for number, line in enumerate([*text.splitlines(), ""], first):
-        ended = not line.strip() or re.match("[-*] |#", line)
-        if ended and any(each.strip() and each[0] != "#" for each in note):
+    for number, line in enumerate([*text.split("\n"), None], first):
+        ended = not line or not line.strip() or re.match("[-*] |#+ ", line)
+        if line is None and any(note) or ended and not is_heading("\n".join(note)):
             whole, begin = "\n".join(note).strip(), number - len(note)
             for start in range(0, max(len(whole) - NOTE_OVERLAP, 1), MAX_NOTE - NOTE_OVERLAP):
                 yield begin + whole[:start].count("\n"), whole[start : start + MAX_NOTE]
             note = []
-        if note or line.strip():
-            note.append(line)
+        if note or (line and line.strip()):
+            note.append(line or "")
+
+
+def is_heading(note: str) -> bool:
+    """Whether there are headings in a note, and nothing else."""
+    return all(not line.strip() or re.match("#+ ", line) for line in note.split("\n"))
 
 
 @dataclass(frozen=True)
@@ -2880,22 +2885,15 @@ class MemoryStore:
         self.missing: dict[int, None] = {}
         self.problem, self.pause = "", 0.0
 
-    def connect(self) -> None:
-        """Open the index; one that is damaged begins anew, one that cannot be is not on disk."""
+    def connect(self, place: Path | str) -> None:
+        """Open the index, unless that is done. Raises sqlite3.Error when it is damaged."""
         if self.db and (self.index.exists() or self.place == ":memory:"):
             return
-        for place in (self.index, self.index, ":memory:"):
-            try:
-                self.place = place
-                self.db = sqlite3.connect(place, check_same_thread=False)
-                self.db.executescript(SCHEMA)
-                self.db.execute(
-                    "DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM notes)"
-                )
-                self.db.commit()
-                break
-            except sqlite3.Error:
-                self.drop()
+        self.place = place
+        self.db = sqlite3.connect(place, check_same_thread=False)
+        self.db.executescript(SCHEMA)
+        self.db.execute("DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM notes)")
+        self.db.commit()
         self.sketches = {}
         self.missing = dict.fromkeys(row[0] for row in self.db.execute("SELECT id FROM notes"))
 
@@ -2918,15 +2916,18 @@ class MemoryStore:
         item = f"- {now:%H:%M} {indented}\n"
         with self.lock:
             with suppress(sqlite3.Error):
-                self.connect()
+                self.connect(self.index)
                 self.sync()
             append_durably(self.root / path, item)
             with suppress(sqlite3.Error), self.db:  # else the next search takes it in
-                row = self.db.execute("SELECT lines FROM files WHERE path = ?", [path]).fetchone()
-                before = row[0] if row else 0
-                for line, note in split_notes(item, before + 1):
+                last = "SELECT text, lines FROM notes JOIN files USING (path) WHERE path = ?"
+                row = self.db.execute(f"{last} ORDER BY line DESC", [path]).fetchone()
+                if not row or is_heading(row[0]):  # what it becomes a part of
+                    self.update(path)
+                    return path
+                for line, note in split_notes(item.removesuffix("\n"), row[1] + 1):
                     self.insert(path, line, note)
-                self.note_file(path, before + item.count("\n"))
+                self.note_file(path, row[1] + item.count("\n"))
         return path
 
     def note_file(self, path: str, lines: int) -> None:
@@ -2943,9 +2944,11 @@ class MemoryStore:
         known, found = dict(self.db.execute("SELECT path, stamp FROM files")), {}
         for file in (self.folder / "MEMORY.md", *self.folder.glob("memory/*.md")):
             with suppress(OSError):
-                if file.is_file() and file.stat().st_size <= MAX_FILE:
-                    found[file.relative_to(self.root).as_posix()] = self.stamp(file)
-        for path in known.keys() | found.keys():
+                path = file.relative_to(self.root).as_posix()
+                is_odd = plain(path) != path  # a name that no text can hold
+                if file.is_file() and file.stat().st_size <= MAX_FILE and not is_odd:
+                    found[path] = self.stamp(file)
+        for path in sorted(known.keys() | found.keys()):
             if known.get(path) != found.get(path):
                 self.update(path)
 
@@ -2953,6 +2956,7 @@ class MemoryStore:
         """Bring the notes of one file up to date; those that stayed keep their index and vector."""
         file, old = self.root / path, {}
         text = file.read_bytes().decode("utf-8-sig", "replace") if file.is_file() else ""
+        text = text.replace("\r\n", "\n").removesuffix("\n")
         for name, line, note in self.db.execute(
             "SELECT id, line, text FROM notes WHERE path = ? ORDER BY id DESC", [path]
         ):
@@ -2971,7 +2975,7 @@ class MemoryStore:
                 self.sketches.pop(name, None)
                 self.missing.pop(name, None)
             if file.is_file():
-                self.note_file(path, len(text.splitlines()))
+                self.note_file(path, text.count("\n") + bool(text))
             else:
                 self.db.execute("DELETE FROM files WHERE path = ?", [path])
 
@@ -2983,9 +2987,10 @@ class MemoryStore:
             (path, line, note, digest),
         ).lastrowid
         words = words_of(note)
-        ends = [
-            w[:40][i:] for w in words if w[0] < "\u0e00" for i in range(max(len(w[:40]) - 2, 1))
-        ]
+        ends = [letter for w in words if w[0] > "\u0e00" for letter in w]
+        for word in words:
+            if word[0] < "\u0e00":
+                ends += [word[:40][start:] for start in range(max(len(word[:40]) - 2, 1))]
         self.db.execute(
             "INSERT INTO terms (rowid, words, parts) VALUES (?, ?, ?)",
             (name, " ".join(words), " ".join(ends)),
@@ -2995,15 +3000,15 @@ class MemoryStore:
     def search(self, query: str, limit: int = 6, weights: tuple | None = None) -> list[Hit]:
         """The notes that fit a query best, from vector and keyword scores by their `weights`."""
         with self.lock:
-            try:
-                return self.find(query, limit, weights or (VECTOR_WEIGHT, KEYWORD_WEIGHT))
-            except sqlite3.DatabaseError:  # the index is damaged
+            for place in (self.index, self.index, ":memory:"):  # if it is damaged; if it cannot be
+                with suppress(sqlite3.Error):
+                    self.connect(place)
+                    self.sync()
+                    return self.find(query, limit, weights or (VECTOR_WEIGHT, KEYWORD_WEIGHT))
                 self.drop()
-                return self.find(query, limit, weights or (VECTOR_WEIGHT, KEYWORD_WEIGHT))
+        raise OSError("there is no room for the index of the notes")
 
     def find(self, query: str, limit: int, weights: tuple) -> list[Hit]:
-        self.connect()
-        self.sync()
         query = query[:MAX_NOTE]
         if not terms_of(query):
             return []
@@ -3023,10 +3028,10 @@ class MemoryStore:
     def match(self, query: str) -> dict[int, float]:
         """Keyword scores: BM25 against the best, by the share of the query that was found."""
         terms, found = terms_of(query)[:32], {}
-        asks = [f'words:"{t}"' + f' OR parts:"{t}"*' * (len(t) > 2) for t in terms]
+        asks = [f'words:"{t}"' + f' OR parts:"{t}"*' * (len(t) > 2 or t > "\u0e00") for t in terms]
         rows = self.db.execute(
             "SELECT rowid, bm25(terms, 4, 1), words || ' ' || parts FROM terms"
-            " WHERE terms MATCH ? ORDER BY 2 LIMIT ?",
+            " WHERE terms MATCH ? ORDER BY 2, rowid DESC LIMIT ?",
             (" OR ".join(asks), CANDIDATES),
         ).fetchall()
         count = "SELECT count(*) FROM terms WHERE terms MATCH ?"
@@ -3059,7 +3064,9 @@ class MemoryStore:
             for name, (other, length) in self.sketches.items()
         }
         wanted = CANDIDATES if exact is None else 4 * CANDIDATES
-        near = dict.fromkeys(heapq.nlargest(wanted, scores, scores.get)) | dict.fromkeys(more)
+        near = dict.fromkeys(
+            heapq.nlargest(wanted, scores, lambda n: (scores[n], n))
+        ) | dict.fromkeys(more)
         if exact is None:
             return {name: scores.get(name, 0) for name in near}
         return {name: max(0, self.cosine(name, exact)) for name in near}
@@ -3151,10 +3158,10 @@ def append_durably(file: Path, text: str) -> None:
 def unit_vectors(vectors: list[list[float]], count: int) -> list[array]:
     """Vectors of length 1, in place of what a server sent. Raises ValueError unless they are."""
     try:
-        lengths = [math.hypot(*vector) for vector in vectors]
-        if len(lengths) == count and 0 < min(lengths) <= max(lengths) < math.inf:
+        lengths, sizes = [math.hypot(*vector) for vector in vectors], set(map(len, vectors))
+        if len(lengths) == count and len(sizes) == 1 and all(0 < n < math.inf for n in lengths):
             return [array("f", (x / n for x in v)) for v, n in zip(vectors, lengths, strict=True)]
-    except (TypeError, ValueError):
+    except (ArithmeticError, TypeError, ValueError):
         pass
     raise ValueError(f"the server did not send {count} vectors")
 
