@@ -2012,7 +2012,10 @@ class App:
     def announce(self, title: str, text: str) -> None:
         """Tell what nobody asked for: at the terminal at once, and where the owner was last."""
         self.cli.send("", f"[{title}] {text}")
-        owner = self.log.owner
+        owner, wanted = self.log.owner, os.getenv("OWNER", "").strip()
+        if wanted and (not owner or wanted != f"{owner.channel}:{owner.peer}"):
+            name, _, peer = wanted.partition(":")
+            owner = InboundMessage(name, "default", peer, "", [""])
         channel = self.channels.find(owner) if owner else None
         if channel and channel is not self.cli and channel.allows(owner):
             message = replace(owner, ids=[f"{title}:{os.urandom(8).hex()}"])
@@ -3551,8 +3554,8 @@ class HeartbeatRunner:
         digest = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
         if abs(now - self.log.told.get(digest, -REPEAT_AFTER)) < REPEAT_AFTER:
             return "told before"
-        self.log.record("told", digest=digest, at=now)
         self.app.announce("heartbeat", text)
+        self.log.record("told", digest=digest, at=now)
         return "told"
 
     def run(self) -> None:
@@ -3570,13 +3573,16 @@ class HeartbeatRunner:
 
 def strip_ok(text: str) -> str:
     """What is left to tell of an answer: nothing of HEARTBEAT_OK with a short remark beside it."""
-    text, mark = text.strip(), r"[\s*_`'\"<>/()\[\].,:;!-]*"
-    start = re.match(rf"(?:<\w+>)?{mark}{HEARTBEAT_OK}(?!\w)(?:</\w+>)?{mark}", text)
-    end = re.search(rf"(?<!\w){mark}(?:<\w+>)?{HEARTBEAT_OK}(?:</\w+>)?{mark}$", text)
-    if not start and not end:
+    text, marks = text.strip(), " \n\t*_`'\"<>/()[].,:;!-\u201c\u201d\u2018\u2019"
+    bare = re.sub(r"^(?:<\w+>)+|(?:</\w+>)+$", "", text).strip(marks)
+    rest, loose = text, " \n\t*_`:,-"
+    if re.match(rf"{HEARTBEAT_OK}\b", bare):
+        rest = re.sub(r"^(?:</\w+>)+", "", rest.partition(HEARTBEAT_OK)[2]).lstrip(loose)
+    if bare.endswith(HEARTBEAT_OK) and not re.search(r"\w\Z", bare.removesuffix(HEARTBEAT_OK)):
+        rest = re.sub(r"(?:<\w+>)+$", "", rest.rpartition(HEARTBEAT_OK)[0]).rstrip(loose)
+    if rest == text:
         return text
-    rest = text[start.end() :] if start else text[: end.start()]
-    return "" if len(rest.strip()) <= ACK_MAX else rest.strip()
+    return "" if len(rest.strip(marks)) <= ACK_MAX else rest
 
 
 @dataclass
@@ -3598,6 +3604,8 @@ class CronJob:
             raise ValueError("id, name and agent must be text")
         if not all(isinstance(flag, bool) for flag in (self.enabled, self.delete_after_run)):
             raise ValueError("enabled and delete_after_run must be true or false")
+        if not isinstance(self.schedule, dict):
+            raise ValueError("schedule must be an object")
         match self.payload:
             case {"kind": "agent_turn", "message": str(text)} if text.strip():
                 pass
@@ -3607,6 +3615,7 @@ class CronJob:
                 raise ValueError(
                     "payload must be agent_turn with message or system_event with text"
                 )
+        self.zone = local_zone(self.zone_name())
         match self.schedule:
             case {"kind": "at", "at": str(at)}:
                 self.at = self.moment(at)
@@ -3618,7 +3627,6 @@ class CronJob:
             case {"kind": "cron", "expr": str(expr)}:
                 if not CRON_EXPR.fullmatch(" ".join(expr.split())):
                     raise ValueError(f"expr must be five fields of cron, not {expr!r}")
-                self.zone = local_zone(self.zone_name())
                 self.after(time.time())
             case _:
                 raise ValueError("schedule must be at, every (every_seconds > 0) or cron with expr")
@@ -3635,8 +3643,10 @@ class CronJob:
             moment = datetime.fromisoformat(text)
         except (TypeError, ValueError):
             raise ValueError(f"{text!r} is no time such as 2030-01-07T09:00:00+01:00") from None
-        zone = moment.tzinfo or local_zone(self.zone_name())
-        return moment.replace(tzinfo=zone).timestamp()
+        at = moment.replace(tzinfo=moment.tzinfo or self.zone).timestamp()
+        if not 0 <= at < 250e9:  # the year 9892: in any zone it is a date
+            raise ValueError(f"{text!r} is too far away")
+        return at
 
     def after(self, base: float) -> float | None:
         """The first time after `base`. Raises ValueError for an expression that has none."""
@@ -3699,6 +3709,7 @@ class CronService:
         self.queue: list[tuple[float, str]] = []
         self.active: set[str] = set()
         self.latest = 0.0
+        self.pauses: dict[str, float] = {}
         self.event = threading.Event()
 
     def load(self) -> None:
@@ -3754,9 +3765,10 @@ class CronService:
         """Write down a job that is new or was edited, and one that the last run did not end."""
         schedule, version, now = job.digest("schedule"), job.digest(), self.clock.now()
         state = self.log.states.get(job.id, JobState())
+        was_running = state.running and state.schedule == schedule
         if (state.schedule, state.version) != (schedule, version):
             self.log.record("seen", job=job.id, at=now, schedule=schedule, version=version)
-        if state.running and job.id not in self.active:
+        if was_running and job.id not in self.active:
             self.end(job, "interrupted: the program ended while it ran", now)
         state = self.log.states[job.id]
         if max(state.since, state.last) > now + 7200:  # the clock was wrong then
@@ -3773,6 +3785,7 @@ class CronService:
         if not job.enabled or state.disabled or state.done:
             return None
         retry = state.ended + BACKOFF[state.errors - 1] if state.errors else 0
+        retry = max(retry, self.pauses.get(job.id, 0))
         if job.schedule["kind"] == "at":
             return max(job.at, retry)
         return max(job.after(max(state.since, state.last)), retry)
@@ -3820,13 +3833,16 @@ class CronService:
             finally:
                 if is_turn:
                     self.app.lane.lock.release()
-            if text:
-                self.app.announce(f"cron {job.id}", text)
-            self.end(job, error, self.clock.now())
+            try:
+                if text:
+                    self.app.announce(f"cron {job.id}", text)
+            finally:
+                self.end(job, error, self.clock.now())
             if job.delete_after_run and self.log.states[job.id].done and not error:
                 self.forget(job)
-        except Exception as failure:  # as of a full disk
+        except Exception as failure:  # as of a full disk: a run that cannot be noted comes again
             self.app.report("cron", f"cron {job.id}: {explain(failure)}")
+            self.pauses[job.id] = self.clock.now() + BACKOFF[0]
         finally:
             with self.log.lock:
                 self.active.discard(job.id)
@@ -3855,7 +3871,8 @@ class CronService:
     def forget(self, job: CronJob) -> None:
         """Take a job out of CRON.json."""
         whole = json.loads(load_text(self.file).removeprefix("\ufeff"))
-        whole["jobs"] = [entry for entry in whole["jobs"] if entry.get("id") != job.id]
+        others = [e for e in whole["jobs"] if not isinstance(e, dict) or e.get("id") != job.id]
+        whole["jobs"] = others
         replace_file(self.file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def run(self) -> None:
@@ -3885,8 +3902,7 @@ class CronService:
         return f"{job}, {'running' if job.id in self.active else then}{last}{failed}"
 
     def clock_time(self, job: CronJob, at: float) -> str:
-        zone = getattr(job, "zone", None) or local_zone(job.zone_name())
-        return datetime.fromtimestamp(at, zone).isoformat(" ", "seconds")
+        return datetime.fromtimestamp(at, job.zone).isoformat(" ", "seconds")
 
     def preview(self, job: CronJob, count: int = 5) -> list[str]:
         """The next times of a job, by its schedule."""
