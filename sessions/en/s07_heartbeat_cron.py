@@ -1849,7 +1849,12 @@ class App:
             self.note_owner(message)
             if command not in FROM_AFAR or not run_command(agent, message.text):
                 self.recall(agent, message)
+                window = agent.guard.limit(agent)
                 text = answer(agent, message.said, message.ids[0])
+                if not text and agent.guard.limit(agent) < min(window, SMALL_WINDOW):
+                    agent.system = self.system_prompt(agent, message)  # a refusal taught how small
+                    self.recall(agent, message)
+                    text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
             told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
             if channel is not self.cli:
@@ -1932,13 +1937,14 @@ class App:
         """The notes that fit a query, as a text."""
         memory = self.memory(agent)
         hits = memory.search(query, limit)
-        self.report("memory", *filter(None, [memory.problem]))
+        problems = [memory.problem, *memory.odd.values()]
+        self.report(f"notes of {agent.key.split(':')[1]}", *filter(None, problems))
         return "\n\n".join(str(hit) for hit in hits if hit.score >= least)
 
     def recall(self, agent: Agent, message: InboundMessage) -> None:
         """Add what belongs to one message alone: the notes that fit it, the skill that it calls."""
         if skill := self.skills.find(message.text):
-            text = load_text(skill.file)
+            text = cut_tokens(load_text(skill.file), agent.guard.limit(agent) // 2)
             agent.system += (
                 f"\n\n<skill file={self.skills.location(skill.file)!r}>\n{text}\n</skill>"
             )
@@ -1952,11 +1958,23 @@ class App:
         agent.messages.fixed = estimate(TOOLS) + estimate(agent.system)
 
     def system_prompt(self, agent: Agent, message: InboundMessage, mode: str = "") -> str:
-        """The system prompt for a message, from the files as they are now."""
-        window, loader = agent.guard.limit(agent), self.loader(agent)
-        mode = mode or ("minimal" if window < SMALL_WINDOW else "full")
-        room = 2 * window if mode == "full" else window // 2  # characters
-        files = loader.load(mode, min(MAX_PROMPT, room))
+        """The system prompt for a message, from the files as they are now: the first that fits."""
+        window = agent.guard.limit(agent)
+        for name in [mode] if mode else list(ROOM)[window < SMALL_WINDOW :]:
+            text = self.fill_prompt(agent, message, name, min(MAX_PROMPT, int(window * ROOM[name])))
+            if estimate(text) <= window * ROOM[name] / (4 if name == "full" else 2):
+                break
+        if not mode and window >= SMALL_WINDOW:
+            told = (
+                f"the prompt of {agent.key.split(':')[1]} would fill half of the window, so it is"
+            )
+            self.report("prompt", *[f"{told} {name}: see /bootstrap, /skills"] * (name != "full"))
+        return text
+
+    def fill_prompt(self, agent: Agent, message: InboundMessage, mode: str, room: int) -> str:
+        """The prompt of a mode; the files may fill so many characters."""
+        loader = self.loader(agent)
+        files = loader.load(mode, room)
         if message.kind == "group":  # they are for one person's eyes
             files["MEMORY.md"] = files["USER.md"] = ""
         config, where = self.agents.agents[agent.key.split(":")[1]], self.channels.find(message)
@@ -1969,7 +1987,8 @@ class App:
         }
         if where and where is not self.cli:
             parts["channel"] += f" Plain text; from {where.limit:,} characters on it is cut."
-        self.report("files", *loader.problems, *self.skills.problems)
+        self.report(f"files of {config.id}", *loader.problems)
+        self.report("skills", *self.skills.problems)
         return build_system_prompt(files, parts, mode)
 
     def route(self, message: InboundMessage) -> tuple["AgentConfig", str, "Binding | None"]:
@@ -2650,6 +2669,7 @@ BOOTSTRAP_FILES = (
 MAX_PROMPT_FILE, MAX_PROMPT = 20_000, 150_000  # characters, as in OpenClaw 2026.3.13
 MAX_PROMPT_READ = 2 << 20  # bytes
 SMALL_WINDOW = 16_000  # tokens; in less, the prompt is minimal
+ROOM = {"full": 2, "minimal": 0.5, "none": 0.125}  # characters for files, by token of the window
 MAX_SKILLS, MAX_SKILLS_TEXT = 150, 30_000
 MAX_SKILL_FILE = 256_000  # bytes
 MAX_NOTE, NOTE_OVERLAP = 1600, 320  # characters, 400 and 80 tokens
@@ -2664,6 +2684,7 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
+MARKS = "[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f]"  # accents, and vowels as signs
 STOP_WORDS = set(  # accents are gone when words are compared
     re.split(
         r"\s",
@@ -2719,8 +2740,9 @@ class BootstrapLoader:
 
     def read(self, name: str) -> str:
         """The text of a file in the first folder that has it; what is wrong with it is noted."""
-        file = next((folder / name for folder in self.folders if (folder / name).exists()), None)
         try:
+            files = (folder / name for folder in self.folders)
+            file = next((file for file in files if file.exists()), None)
             if file is None:
                 return ""
             if not file.is_file() or file.stat().st_size > MAX_PROMPT_READ:
@@ -2762,7 +2784,7 @@ class SkillsManager:
     def __init__(self, workspace: Path) -> None:
         home = Path(os.path.expanduser("~"))
         extra = os.getenv("SKILLS_DIR", "").strip()
-        self.roots = [Path(extra).expanduser()] if extra else []
+        self.roots = [Path(os.path.expanduser(extra))] if extra else []
         self.roots += [home / ".openclaw" / "skills", home / ".agents" / "skills"]
         self.roots += [workspace / ".agents" / "skills", workspace / "skills"]
         self.workspace = workspace
@@ -2772,13 +2794,17 @@ class SkillsManager:
 
     def load(self) -> dict[str, Skill]:
         """The skills by name, as they are on disk now; a file that has not changed is not read."""
-        self.problems, skills = [], {}
+        self.problems, skills, calls = [], {}, {*COMMANDS, "/"}
         for root in self.roots:
-            inside = root.resolve()
             for file in sorted(root.glob("*/SKILL.md")):
-                with suppress(OSError):
-                    if not file.resolve().is_relative_to(inside):
-                        continue  # a link that leads elsewhere
+                with suppress(OSError, RuntimeError):  # of a link that leads to itself
+                    place, is_inside = str(file), file.resolve().is_relative_to(root.resolve())
+                    if not is_inside or plain(place) != place or not place.isprintable():
+                        why = (
+                            "odd characters in its name" if is_inside else "a link leads elsewhere"
+                        )
+                        self.problems.append(f"{place!a}: left out, {why}")
+                        continue
                     state = file.stat()
                     stamp = (state.st_mtime_ns, state.st_size)
                     if self.known.get(file, ("",))[0] != stamp:
@@ -2787,6 +2813,10 @@ class SkillsManager:
                     self.problems += [problem] if problem else []
                     if skill:
                         skills[skill.name] = skill
+        for skill in reversed(skills.values()):
+            if f"/{skill.invocation}" in calls and skill.invocation:
+                self.problems.append(f"{skill.name}: /{skill.invocation} is taken")
+            calls.add(f"/{skill.invocation}")
         self.skills = skills
         return skills
 
@@ -2794,8 +2824,9 @@ class SkillsManager:
         """The skill in a file and "", or None and what is wrong with it."""
         try:
             return read_skill(file), ""
-        except (OSError, ValueError, RecursionError) as error:
-            return None, f"{self.location(file)}{error}"
+        except Exception as error:  # PyYAML documents YAMLError, and raises others
+            joint = "" if str(error).startswith((",", ":")) else ": "
+            return None, f"{self.location(file)}{joint}{error}"
 
     def location(self, file: Path) -> str:
         """How read_file takes the path of a file."""
@@ -2807,7 +2838,8 @@ class SkillsManager:
         name = text.split()[0] if text.startswith("/") else ""
         if not name or name in COMMANDS:
             return None
-        return next((s for s in self.load().values() if name == f"/{s.invocation}"), None)
+        skills = reversed(self.load().values())
+        return next((s for s in skills if s.invocation and name == f"/{s.invocation}"), None)
 
     def list(self) -> str:
         """What the model is told: name, description and place of each skill, no bodies."""
@@ -2847,7 +2879,7 @@ def read_skill(file: Path) -> Skill:
             raise ValueError(f", line {next(lines, 2)}: {key} must be 1 to {most} characters")
     name, description = (" ".join(about[key].split()) for key in ("name", "description"))
     invocation = str(about.get("invocation") or name).strip("/ ").lower()
-    invocation = re.sub("[^a-z0-9_-]+", "-", invocation)[:32].strip("-")
+    invocation = re.sub(r"[^\w-]+", "-", invocation)[:32].strip("-")
     hidden = about.get("user-invocable") is False
     listed = about.get("disable-model-invocation") is not True
     return Skill(plain(name), plain(description), file, "" if hidden else invocation, listed)
@@ -2865,13 +2897,13 @@ def readable_path(agent: Agent, path: str) -> Path:
 def fold(text: str) -> str:
     """A text with no capitals and no accents, so that words compare."""
     apart = unicodedata.normalize("NFKD", text.casefold())
-    return unicodedata.normalize("NFC", re.sub("[\u0300-\u036f]", "", apart))
+    return unicodedata.normalize("NFC", re.sub(MARKS, "", apart))
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text; where a script has no blanks, each two letters side by side."""
     words = []
-    for word in re.findall(f"[{UNSPACED}]+|[^\\W_{UNSPACED}]+", fold(text)):
+    for word in re.findall(f"[{UNSPACED}]+|(?:[^\\W_{UNSPACED}]|[\u0900-\u0dff])+", fold(text)):
         pairs = [word[i : i + 2] for i in range(len(word) - 1)]
         words += pairs if pairs and word[0] > "\u0e00" else [word]
     return words
@@ -2941,25 +2973,26 @@ class MemoryStore:
         self.sketches: dict[int, tuple[int, float]] = {}  # with their lengths
         self.missing: dict[int, None] = {}
         self.problem, self.pause = "", 0.0
+        self.odd: dict[str, str] = {}
 
     def connect(self, place: Path | str) -> None:
         """Open the index, unless that is done. Raises sqlite3.Error when it is damaged."""
         if self.db and (self.index.exists() or self.place == ":memory:"):
             return
         self.place = place
-        self.db = sqlite3.connect(place, check_same_thread=False)
+        self.db = sqlite3.connect(place, timeout=1, check_same_thread=False)
         self.db.executescript(SCHEMA)
         self.db.execute("DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM notes)")
         self.db.commit()
         self.sketches = {}
         self.missing = dict.fromkeys(row[0] for row in self.db.execute("SELECT id FROM notes"))
 
-    def drop(self) -> None:
-        """Close the index and delete it."""
+    def drop(self, delete: bool) -> None:
+        """Close the index, and delete it if it is damaged, not just full or locked."""
         if self.db:
             self.db.close()
         self.db = None
-        for end in ("", "-wal", "-shm"):
+        for end in ("", "-wal", "-shm") if delete else ():
             with suppress(OSError):
                 self.index.with_name(self.index.name + end).unlink()
 
@@ -3002,18 +3035,27 @@ class MemoryStore:
         for file in (self.folder / "MEMORY.md", *self.folder.glob("memory/*.md")):
             with suppress(OSError):
                 path = file.relative_to(self.root).as_posix()
-                is_odd = plain(path) != path  # a name that no text can hold
-                if file.is_file() and file.stat().st_size <= MAX_FILE and not is_odd:
-                    found[path] = self.stamp(file)
+                if not file.is_file():
+                    continue
+                if plain(path) != path or file.stat().st_size > MAX_FILE:
+                    self.odd[path] = f"{plain(path)}: left out, for its name or its size"
+                    continue
+                found[path] = self.stamp(file)
         for path in sorted(known.keys() | found.keys()):
             if known.get(path) != found.get(path):
-                self.update(path)
+                try:
+                    self.odd.pop(path, "")
+                    self.update(path)
+                except OSError as error:
+                    self.odd[path] = f"{path}: left out, {error.strerror}"
 
     def update(self, path: str) -> None:
         """Bring the notes of one file up to date; those that stayed keep their index and vector."""
         file, old = self.root / path, {}
         text = file.read_bytes().decode("utf-8-sig", "replace") if file.is_file() else ""
         text = text.replace("\r\n", "\n").removesuffix("\n")
+        if ("\0" in text or "\ufffd" in text) and file.name != "MEMORY.md":  # the prompt tells that
+            self.odd[path] = f"{path}: not all of it is text in UTF-8"
         for name, line, note in self.db.execute(
             "SELECT id, line, text FROM notes WHERE path = ? ORDER BY id DESC", [path]
         ):
@@ -3058,11 +3100,13 @@ class MemoryStore:
         """The notes that fit a query best, from vector and keyword scores by their `weights`."""
         with self.lock:
             for place in (self.index, self.index, ":memory:"):  # if it is damaged; if it cannot be
-                with suppress(sqlite3.Error):
+                try:
                     self.connect(place)
                     self.sync()
                     return self.find(query, limit, weights or (VECTOR_WEIGHT, KEYWORD_WEIGHT))
-                self.drop()
+                except sqlite3.Error as error:
+                    kept = ("BUSY", "LOCKED", "READONLY", "IOERR", "FULL", "CANTOPEN")
+                    self.drop(not getattr(error, "sqlite_errorname", "")[7:].startswith(kept))
         raise OSError("there is no room for the index of the notes")
 
     def find(self, query: str, limit: int, weights: tuple) -> list[Hit]:
@@ -3104,12 +3148,13 @@ class MemoryStore:
         if time.monotonic() < self.pause:
             return None
         try:
-            self.fill()
             if self.model == N_GRAMS:
                 sketch, exact = n_grams(query), None
             else:
                 exact = unit_vectors(self.embed([query]), 1)[0]
                 sketch, self.problem = sketch_of(exact), ""
+                self.forget_others(len(exact))
+            self.fill()
         except (openai.OpenAIError, ValueError) as error:
             told = explain(error).replace("check MODEL_ID", "check EMBEDDING_MODEL")
             self.problem = f"{self.model}: {told}; searching by words alone"
@@ -3128,6 +3173,14 @@ class MemoryStore:
             return {name: scores.get(name, 0) for name in near}
         return {name: max(0, self.cosine(name, exact)) for name in near}
 
+    def forget_others(self, size: int) -> None:
+        """Make all vectors anew if those kept are not of a size: the server has another model."""
+        query = "DELETE FROM vectors WHERE model = ? AND length(vector) != ?"
+        with self.db:
+            if self.db.execute(query, (self.model, 4 * size)).rowcount:
+                self.sketches = {}
+                self.missing = dict.fromkeys(n for (n,) in self.db.execute("SELECT id FROM notes"))
+
     def cosine(self, name: int, exact: array) -> float:
         row = self.db.execute(
             "SELECT vector FROM vectors JOIN notes USING (digest) WHERE model = ? AND id = ?",
@@ -3138,18 +3191,27 @@ class MemoryStore:
 
     def fill(self) -> None:
         """Give each note its vector, from the index or in batches; at most five seconds at once."""
-        latest = time.monotonic() + 5
+        latest, size, refused = time.monotonic() + 5, 64, 0
         get = "SELECT sketch FROM vectors JOIN notes USING (digest) WHERE model = ? AND id = ?"
         while self.missing and time.monotonic() < latest:
-            batch = list(islice(self.missing, 64))
+            batch = list(islice(self.missing, size))
             texts = {}
             for name in batch:
                 if row := self.db.execute(get, (self.model, name)).fetchone():
                     self.keep(name, int.from_bytes(row[0]))
                     continue
                 query = "SELECT digest, text FROM notes WHERE id = ?"
-                texts[name] = self.db.execute(query, [name]).fetchone()
-            self.make_vectors(texts)
+                if row := self.db.execute(query, [name]).fetchone():  # else it was taken back
+                    texts[name] = row
+            try:
+                self.make_vectors(texts)
+            except openai.APIStatusError as error:
+                if error.status_code not in (400, 413, 422, 500) or refused == 3:
+                    raise
+                if size > 1:  # there may be too many notes, or one that is too long
+                    size = max(size // 8, 1)
+                    continue
+                refused += 1
             for name in batch:
                 del self.missing[name]
 
