@@ -3844,7 +3844,8 @@ class CronService:
     def next(self, job: CronJob) -> float | None:
         """When a job runs next, None for never: a run that was missed is due at once, and once."""
         state = self.log.states[job.id]
-        if not job.enabled or state.disabled or state.done:
+        is_cut_off = state.running and job.schedule["kind"] == "at"  # its end could not be noted
+        if not job.enabled or state.disabled or state.done or is_cut_off:
             return None
         retry = state.ended + BACKOFF[state.errors - 1] if state.errors else 0
         retry = max(retry, self.pauses.get(job.id, 0))
