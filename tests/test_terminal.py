@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,38 @@ def leaves(screen: Screen, seconds: float = 2) -> None:
 
 
 # --- the line that is being typed ---
+
+
+BUSY = """
+import readline, sys, threading
+sys.path.insert(0, {tests!r})
+import harness
+module = harness.load(harness.Path({script!r}))
+cli = module.CLIChannel(None, module.ChannelAccount("cli"))
+
+def talk():
+    while True:
+        cli.send("", "news")
+
+threading.Thread(target=talk, daemon=True).start()
+print("read:", cli.read())
+"""
+
+
+@since("s04")
+def test_keys_and_news_at_the_same_moment(section: harness.Section, env: dict[str, str]):
+    """The line is looked at while readline changes it, thousands of times."""
+    tests = str(Path(__file__).parent)
+    code = BUSY.format(tests=tests, script=str(section.path))
+    with Screen([sys.executable, "-c", code], env) as screen:
+        screen.wait_for("news")
+        latest = time.monotonic() + 3
+        while time.monotonic() < latest and not screen.ended:
+            screen.type("héllo wörld " * 3)
+            screen.press("ctrl-u")
+        screen.type("still here\n")
+        screen.wait_for("read: still here", 20)
+        assert screen.wait_exit() == 0
 
 
 @since("s04")
