@@ -1319,9 +1319,7 @@ class CLIChannel(Channel):
             elif not (sys.stdin.isatty() and sys.stdout.isatty()):
                 show(text + "\n")
             else:
-                line = self.prompt
-                if "readline" in sys.modules:
-                    line += sys.modules["readline"].get_line_buffer()
+                line = self.prompt + typed_line()
                 rows, column = cursor_after(line, shutil.get_terminal_size().columns)
                 print(f"\r\x1b[{rows}A" if rows else "\r", end="\x1b[J")
                 show(f"{text}\n{line}")
@@ -1333,6 +1331,18 @@ class CLIChannel(Channel):
     def message(self, text: str) -> InboundMessage:
         """What the person at the terminal said; no inbox needs to keep it."""
         return InboundMessage(self.name, self.account.id, "", text, [os.urandom(6).hex()])
+
+
+def typed_line() -> str:
+    """What has been typed and not entered. It is copied first: readline's own get_line_buffer
+    decodes it in place, and the C library ends the process if a key comes in that moment."""
+    if "readline" not in sys.modules:
+        return ""
+    import ctypes
+
+    library = ctypes.CDLL(getattr(sys.modules["readline"], "__file__", None))
+    line = ctypes.c_char_p.in_dll(library, "rl_line_buffer").value or b""
+    return line.decode(sys.stdin.encoding, "replace")
 
 
 def cursor_after(line: str, columns: int) -> tuple[int, int]:
