@@ -292,7 +292,7 @@ def test_a_beat_waits_for_those_who_are_answered(bench: Bench):
         while not bench.lane.waiting:
             time.sleep(0.001)
         assert bench.beat.should_run() == busy and bench.beat.tick() == busy[1]
-        bench.lane.lock.release()
+        bench.lane.release()
         thread.join(10)
         bench.more = True
         assert bench.beat.should_run() == busy and bench.beat.tick() == busy[1]
@@ -443,7 +443,7 @@ def test_the_lane_goes_to_people_first(section):
         while not lane.attempt():
             time.sleep(0.001)
         order.append("background")
-        lane.lock.release()
+        lane.release()
 
     with lane:
         threads = [threading.Thread(target=background)]

@@ -1780,9 +1780,10 @@ class App:
                 return  # until it is configured again
             text = self.inbox.answers.get(message.ids[0])
             if text is not None:  # it was not sent for sure when the last run ended
-                return self.reply(message, text)
-            channel.tell(f"{message.sender or message.peer}: {message.text}")
-            self.handle(message)
+                self.reply(message, text)
+            else:
+                channel.tell(f"{message.sender or message.peer}: {message.text}")
+                self.handle(message)
         except Exception as error:
             self.cli.send("", f"[not answered: {explain(error)}]")
 

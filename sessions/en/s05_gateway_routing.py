@@ -1072,16 +1072,7 @@ class Inbox:
         self.open: dict[str, InboundMessage] = {}
         self.answers: dict[str, str] = {}
         self.queue: queue.Queue[InboundMessage] = queue.Queue()
-        damaged = False
-        for record in self.journal.replay():
-            try:
-                self.apply(record)
-            except TypeError:  # not the fields of a message
-                record = {}
-            damaged |= not record
-        if damaged:
-            shutil.copy2(path, f"{path}.damaged")
-            show(f"[{path.name}: what could not be read is in {path.name}.damaged]\n")
+        restore(self.journal, self.apply)
         self.compact()
         for message in self.open.values():
             self.queue.put(message)
@@ -1131,6 +1122,20 @@ class Inbox:
         """Write down what became of a message: type="answer" with the text to send, or "done"."""
         with self.lock:
             self.change({"id": message.ids[0], **about})
+
+
+def restore(journal: Journal, apply: Callable[[dict], None]) -> None:
+    """Apply the records of a journal that will be rewritten; what is damaged is kept in a copy."""
+    damaged, path = False, journal.path
+    for record in journal.replay():
+        try:
+            apply(record)
+        except TypeError:  # not the fields of a message
+            record = {}
+        damaged |= not record
+    if damaged:
+        shutil.copy2(path, f"{path}.damaged")
+        show(f"[{path.name}: what could not be read is in {path.name}.damaged]\n")
 
 
 def rewrite_journal(path: Path, records: list[dict]) -> None:
@@ -1797,20 +1802,23 @@ class App:
     def work(self) -> None:
         """Answer what comes in, one message after the other; the outermost loop of its thread."""
         while True:
-            message = self.inbox.queue.get()
+            self.attend(self.inbox.queue.get())
+            time.sleep(0.01)  # a lock is not fair: let the terminal have its turn
+
+    def attend(self, message: InboundMessage) -> None:
+        """Answer a message; whatever goes wrong, as of a full disk, it stays in the inbox."""
+        try:
+            channel = self.channels.find(message)
+            if channel is None or not channel.allows(message):
+                return  # until it is configured again
             text = self.inbox.answers.get(message.ids[0])
-            try:
-                channel = self.channels.find(message)
-                if channel is None or not channel.allows(message):
-                    continue  # until it is configured again
-                if text is not None:  # it was not sent for sure when the last run ended
-                    channel.outbox.put((message, text))
-                    continue
+            if text is not None:  # it was not sent for sure when the last run ended
+                self.reply(message, text)
+            else:
                 channel.tell(f"{message.sender or message.peer}: {message.text}")
                 self.handle(message)
-            except Exception as error:  # as of a full disk; the message stays in the inbox
-                self.cli.send("", f"[not answered: {explain(error)}]")
-            time.sleep(0.01)  # a lock is not fair: let the terminal have its turn
+        except Exception as error:
+            self.cli.send("", f"[not answered: {explain(error)}]")
 
     def handle(self, message: InboundMessage) -> str:
         """Answer a message in its session, and reply. Returns the answer, or "" without one."""

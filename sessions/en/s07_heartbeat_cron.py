@@ -1087,16 +1087,7 @@ class Inbox:
         self.open: dict[str, InboundMessage] = {}
         self.answers: dict[str, str] = {}
         self.queue: queue.Queue[InboundMessage] = queue.Queue()
-        damaged = False
-        for record in self.journal.replay():
-            try:
-                self.apply(record)
-            except TypeError:  # not the fields of a message
-                record = {}
-            damaged |= not record
-        if damaged:
-            shutil.copy2(path, f"{path}.damaged")
-            show(f"[{path.name}: what could not be read is in {path.name}.damaged]\n")
+        restore(self.journal, self.apply)
         self.compact()
         for message in self.open.values():
             self.queue.put(message)
@@ -1148,6 +1139,20 @@ class Inbox:
         """Write down what became of a message: type="answer" with the text to send, or "done"."""
         with self.lock:
             self.change({"id": message.ids[0], **about})
+
+
+def restore(journal: Journal, apply: Callable[[dict], None]) -> None:
+    """Apply the records of a journal that will be rewritten; what is damaged is kept in a copy."""
+    damaged, path = False, journal.path
+    for record in journal.replay():
+        try:
+            apply(record)
+        except TypeError:  # not the fields of a message
+            record = {}
+        damaged |= not record
+    if damaged:
+        shutil.copy2(path, f"{path}.damaged")
+        show(f"[{path.name}: what could not be read is in {path.name}.damaged]\n")
 
 
 def rewrite_journal(path: Path, records: list[dict]) -> None:
@@ -1826,20 +1831,23 @@ class App:
     def work(self) -> None:
         """Answer what comes in, one message after the other; the outermost loop of its thread."""
         while True:
-            message = self.inbox.queue.get()
+            self.attend(self.inbox.queue.get())
+            time.sleep(0.01)  # a lock is not fair: let the terminal have its turn
+
+    def attend(self, message: InboundMessage) -> None:
+        """Answer a message; whatever goes wrong, as of a full disk, it stays in the inbox."""
+        try:
+            channel = self.channels.find(message)
+            if channel is None or not channel.allows(message):
+                return  # until it is configured again
             text = self.inbox.answers.get(message.ids[0])
-            try:
-                channel = self.channels.find(message)
-                if channel is None or not channel.allows(message):
-                    continue  # until it is configured again
-                if text is not None:  # it was not sent for sure when the last run ended
-                    channel.outbox.put((message, text))
-                    continue
+            if text is not None:  # it was not sent for sure when the last run ended
+                self.reply(message, text)
+            else:
                 channel.tell(f"{message.sender or message.peer}: {message.text}")
                 self.handle(message)
-            except Exception as error:  # as of a full disk; the message stays in the inbox
-                self.cli.send("", f"[not answered: {explain(error)}]")
-            time.sleep(0.01)  # a lock is not fair: let the terminal have its turn
+        except Exception as error:
+            self.cli.send("", f"[not answered: {explain(error)}]")
 
     def handle(self, message: InboundMessage) -> str:
         """Answer a message in its session, and reply. Returns the answer, or "" without one."""
@@ -2804,7 +2812,7 @@ class SkillsManager:
 
     def load(self) -> dict[str, Skill]:
         """The skills by name, as they are on disk now; a file that has not changed is not read."""
-        self.problems, skills, calls = [], {}, {*COMMANDS, "/"}
+        problems, skills, calls = [], {}, {*COMMANDS, "/"}
         for root in self.roots:
             for file in sorted(root.glob("*/SKILL.md")):
                 with suppress(OSError, RuntimeError):  # of a link that leads to itself
@@ -2813,21 +2821,21 @@ class SkillsManager:
                         why = (
                             "odd characters in its name" if is_inside else "a link leads elsewhere"
                         )
-                        self.problems.append(f"{place!a}: left out, {why}")
+                        problems.append(f"{place!a}: left out, {why}")
                         continue
                     state = file.stat()
                     stamp = (state.st_mtime_ns, state.st_size)
                     if self.known.get(file, ("",))[0] != stamp:
                         self.known[file] = (stamp, *self.examine(file))
                     _, skill, problem = self.known[file]
-                    self.problems += [problem] if problem else []
+                    problems += [problem] if problem else []
                     if skill:
                         skills[skill.name] = skill
         for skill in reversed(skills.values()):
             if f"/{skill.invocation}" in calls and skill.invocation:
-                self.problems.append(f"{skill.name}: /{skill.invocation} is taken")
+                problems.append(f"{skill.name}: /{skill.invocation} is taken")
             calls.add(f"/{skill.invocation}")
-        self.skills = skills
+        self.skills, self.problems = skills, problems
         return skills
 
     def examine(self, file: Path) -> tuple[Skill | None, str]:
@@ -3455,6 +3463,10 @@ class Lane:
         """Take the lane if nobody else has it or wants it; who takes it has to release it."""
         return not self.busy() and self.lock.acquire(blocking=False)
 
+    def release(self) -> None:
+        """Give back what `attempt` took."""
+        self.lock.release()
+
     def __str__(self) -> str:
         return f"main: one at a time, {len(self.waiting)} waiting"
 
@@ -3544,7 +3556,7 @@ class HeartbeatRunner:
     """Wakes the agent from time to time, to look whether there is something to tell."""
 
     def __init__(self, app: "App", clock: Clock, log: RunLog) -> None:
-        self.app, self.clock, self.log = app, clock, log
+        self.app, self.clock, self.log, self.lane = app, clock, log, app.lane
         self.file = app.agent.workspace / "HEARTBEAT.md"
         self.event, self.triggered = threading.Event(), False
         self.result = "has not run yet"
@@ -3593,7 +3605,7 @@ class HeartbeatRunner:
                 return False, f"not due for {self.due() - now:.0f} s"
             if not self.in_hours(now):
                 return False, "outside HEARTBEAT_HOURS"
-        if self.app.lane.busy() if lane_free is None else not lane_free:
+        if self.lane.busy() if lane_free is None else not lane_free:
             return False, "busy: somebody is being answered"
         return True, "triggered" if self.triggered else "due"
 
@@ -3602,7 +3614,7 @@ class HeartbeatRunner:
         if not 0 < self.log.beat <= self.clock.now() + 60:  # the first start, or a clock set back
             self.log.record("beat", at=self.clock.now())
         ready, reason = self.should_run()
-        if not ready or not self.app.lane.attempt():
+        if not ready or not self.lane.attempt():
             return reason
         self.triggered = False
         try:
@@ -3613,7 +3625,7 @@ class HeartbeatRunner:
             self.app.report("heartbeat", f"heartbeat {self.result}")
             return self.result
         finally:
-            self.app.lane.lock.release()
+            self.lane.release()
         self.app.report("heartbeat")
         self.result = self.tell(strip_ok(text))
         return self.result
@@ -3772,7 +3784,7 @@ class CronService:
     def __init__(
         self, app: "App", clock: Clock, log: RunLog, spawn: Callable | None = None
     ) -> None:
-        self.app, self.clock, self.log = app, clock, log
+        self.app, self.clock, self.log, self.lane = app, clock, log, app.lane
         self.spawn = spawn or in_thread
         self.file = app.agent.workspace / "CRON.json"
         self.stamp: object = ""
@@ -3893,7 +3905,7 @@ class CronService:
         """Run a job once, when the lane is free if it needs the model; the thread's outermost."""
         is_turn, text, error = job.payload["kind"] == "agent_turn", "", ""
         try:
-            while is_turn and not self.app.lane.attempt():
+            while is_turn and not self.lane.attempt():
                 time.sleep(0.5)
             try:
                 now = self.jobs.get(job.id)
@@ -3905,7 +3917,7 @@ class CronService:
                 error = explain(failure)
             finally:
                 if is_turn:
-                    self.app.lane.lock.release()
+                    self.lane.release()
             try:
                 if text:
                     self.app.announce(f"cron {job.id}", text)
