@@ -14,7 +14,16 @@ from pathlib import Path
 from harness import Section
 
 # Non-blank lines: ceilings, so that no section grows unnoticed. s04 holds two whole platforms.
-BUDGETS = {"s01": 150, "s02": 305, "s03": 400, "s04": 785, "s05": 560, "s06": 745, "s07": 630}
+BUDGETS = {
+    "s01": 150,
+    "s02": 305,
+    "s03": 400,
+    "s04": 785,
+    "s05": 560,
+    "s06": 745,
+    "s07": 630,
+    "s08": 340,
+}
 BUDGET = 275  # 250 and a tenth
 SURVIVAL = {"s02": 0.93, "s03": 0.93}
 DISTRIBUTIONS = {"dotenv": "python-dotenv", "telegram": "python-telegram-bot", "yaml": "PyYAML"}
