@@ -478,7 +478,7 @@ def test_limits_and_refusals(desk: Desk):
 
 
 @since("s04", until="s07")
-@pytest.mark.costly
+@pytest.mark.costly(last=True)
 def test_trouble_with_the_network(desk: Desk):
     """Errors that pass, lost connections, answers that make no sense: sent in the end, and once."""
     desk.up()

@@ -554,7 +554,7 @@ def test_two_processes_with_one_bot(post: Post):
 
 
 @since("s04")
-@pytest.mark.costly
+@pytest.mark.costly(last=True)
 def test_errors_that_pass(post: Post):
     """What the network and Telegram's front end do: nothing is lost and nothing is said twice."""
     telegram = post.telegram
