@@ -1,5 +1,6 @@
 """Fixtures of the suite: see harness.py and fake_model.py for what they give."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-section", action="store_true", help=about)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than cores: a test waits for much of its time, for a screen or a clock."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(allowed(0)) + 1
+
+
 def wanted(mark: pytest.Mark | None, every: bool = True) -> list[harness.Section]:
     """The sections that a test holds for, from its `since` mark; or the first and last of them."""
     first, last = "s01", None
@@ -36,11 +43,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "section" in metafunc.fixturenames:
         every = metafunc.config.getoption("--every-section")
         found = wanted(metafunc.definition.get_closest_marker("since"), every)
+        costly = metafunc.definition.get_closest_marker("costly")
+        if costly and not every and not costly.kwargs.get("last"):
+            found = found[:1]
         metafunc.parametrize("section", found, ids=lambda s: s.label, indirect=True)
 
 
+def is_first(item: pytest.Item) -> bool:
+    """Whether a test runs on the section that earns it."""
+    mark = item.get_closest_marker("since")
+    return not mark or item.callspec.params["section"].label == wanted(mark)[0].label
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a test's last section, run every third of its parameter sets: the first has run all."""
+    """On a test's last section, run every third of its parameter sets: the first has run all.
+
+    What takes long begins first, so that no worker is left alone with it in the end.
+    """
+    items.sort(key=lambda item: not item.get_closest_marker("costly"))
     if config.getoption("--every-section"):
         return
     seen: dict[tuple, int] = {}
@@ -49,10 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         callspec = getattr(item, "callspec", None)
         section = callspec.params.get("section") if callspec else None
         if section and len(callspec.params) > 1:
-            mark = item.get_closest_marker("since")
             key = (item.nodeid.split("[")[0], section.label)
             seen[key] = seen.get(key, -1) + 1
-            if mark and section.label != wanted(mark)[0].label and seen[key] % 3:
+            if seen[key] % 3 and not is_first(item):
                 left_out.append(item)
                 continue
         kept.append(item)
@@ -76,6 +95,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def section(request: pytest.FixtureRequest) -> harness.Section:
     """The section under test."""
     return request.param
+
+
+@pytest.fixture
+def whole(request: pytest.FixtureRequest, section: harness.Section) -> bool:
+    """Whether a test of many rounds runs them all here; if not, some of them will do."""
+    return request.config.getoption("--every-section") or is_first(request.node)
 
 
 @pytest.fixture

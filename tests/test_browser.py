@@ -81,6 +81,7 @@ class Page:
 
 
 @since("s05")
+@pytest.mark.costly(last=True)
 def test_a_conversation_with_the_keyboard_alone(page: Page):
     page.open()
     assert "token" not in page.get("location.href"), "it stays in no history and no screenshot"

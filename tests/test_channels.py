@@ -352,6 +352,7 @@ def spoilt(record: dict) -> Iterator[dict]:
 
 
 @since("s04", until="s04")
+@pytest.mark.costly
 def test_the_inbox_stays_small(desk: Desk):
     """However much comes in: what is answered goes, but for its id, which is known for a day."""
     desk.up()

@@ -71,6 +71,7 @@ def test_links_and_paths(before: Section | None, after: Section):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal and a shell")
 @pytest.mark.parametrize("block", TRANSCRIPTS)
+@pytest.mark.costly
 def test_transcripts(block: check_docs.Block, tmp_path: Path):
     found = transcripts.problems(block.text, tmp_path)
     assert not found, f"\n{found}"

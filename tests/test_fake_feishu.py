@@ -454,6 +454,7 @@ ACCEPTED_CHALLENGES = {"stale", "signature", "unsigned", "body", "plain"}
 
 
 @pytest.mark.skipif(not LARK_PYTHON, reason="LARK_PYTHON names no Python that has lark-oapi")
+@pytest.mark.costly
 def test_lark_itself_agrees():
     """Its dispatcher takes our events and refuses our forgeries; we take its client's messages."""
     cases: list[tuple[Any, str, bool, dict, dict]] = []

@@ -471,6 +471,7 @@ def fill_recall(folder: Path) -> None:
 
 
 @since("s06")
+@pytest.mark.costly
 def test_two_processes_find_the_same(desk):
     """Also where many notes fit equally well, whatever order a set of their files is in."""
     fill_recall(desk.workspace)
@@ -506,6 +507,7 @@ def count_right(section, folder: Path, model: str, embed: Callable | None) -> li
 
 
 @since("s06")
+@pytest.mark.costly
 def test_recall_of_both_scores_is_better_than_of_each(section, tmp_path):
     offline = harness.load(harness.REPO / "sessions" / "offline_model.py")
     grams = count_right(section, tmp_path / "grams", "", None)

@@ -382,6 +382,7 @@ def hasty(section: harness.Section, folder: Path) -> harness.Section:
 
 
 @since("s07")
+@pytest.mark.costly
 def test_a_beat_waits_for_a_turn_and_a_person_only_for_the_beat(
     section, fake_model: FakeModel, brain: Brain, workspace: Path, tmp_path: Path
 ):
@@ -1399,6 +1400,7 @@ def test_what_cannot_be_sent_is_no_reason_to_run_again(bench: Bench):
 
 
 @since("s07")
+@pytest.mark.costly
 def test_a_long_log_is_cut_and_keeps_the_states(bench: Bench):
     first = bench.time
     bench.jobs(job("often", every(10)), job("once", at(first + 60)), turn("bad", every(10)))
@@ -1460,6 +1462,7 @@ def trigger(screen: Screen, name: str) -> None:
 
 
 @since("s07")
+@pytest.mark.costly
 def test_a_job_that_kill_cut_off_does_not_run_again(
     section, fake_model: FakeModel, brain: Brain, workspace: Path
 ):
@@ -1491,6 +1494,7 @@ def test_a_job_that_kill_cut_off_does_not_run_again(
 
 
 @since("s07")
+@pytest.mark.costly
 def test_no_one_shot_runs_twice(section, fake_model: FakeModel, brain: Brain, workspace: Path):
     """Killed at any moment, ten times."""
     dice, first = random.Random(5), time.time() + 0.5
@@ -1650,6 +1654,7 @@ def test_a_kill_before_it_is_sent_loses_nothing(post: Post):
 
 
 @since("s07")
+@pytest.mark.costly
 def test_words_that_no_disk_takes_are_no_storm(post: Post):
     """The inbox is gone, so nothing can be told from afar; the model is asked once."""
     entry = turn("once", at(time.time() + 3))

@@ -82,6 +82,7 @@ changes = st.lists(st.tuples(bindings, st.sampled_from([False, False, False, Tru
 @since("s05")
 @given(changes=changes)
 @exhaustive
+@pytest.mark.costly
 def test_a_look_up_finds_what_a_scan_finds(section, tmp_path: Path, changes):
     module, path = section.module, tmp_path / "bindings.jsonl"
     path.unlink(missing_ok=True)
@@ -131,6 +132,7 @@ def test_a_binding_of_a_chat_fits_its_topics_and_that_of_a_topic_comes_first(sec
 
 
 @since("s05")
+@pytest.mark.costly
 def test_a_look_up_costs_the_same_in_a_table_of_any_size(section, tmp_path: Path):
     real = [
         {"agent": "luna", "channel": "web", "peer": "alice"},

@@ -161,6 +161,7 @@ def lines_with(text: str, *parts: str) -> list[str]:
 
 
 @since("s04")
+@pytest.mark.costly(last=True)
 def test_a_burst_is_answered_once_and_in_order(post: Post):
     chats = [42, 43, 44, 45, 46]
     said = [(chats[number % 5], f"message {number}") for number in range(200)]
@@ -203,6 +204,7 @@ LONG = "".join(f"{number:05d} " for number in range(2000))  # 12,000 characters
 
 
 @since("s04")
+@pytest.mark.costly
 def test_albums_and_pastes_are_one_message_each(post: Post):
     with post.screen():
         threading.Thread(target=post.telegram.album, args=["my cats"], kwargs={"gap": 0.2}).start()
@@ -220,6 +222,7 @@ def test_albums_and_pastes_are_one_message_each(post: Post):
 
 
 @since("s04")
+@pytest.mark.costly
 def test_albums_and_pastes_across_two_batches(post: Post):
     """Telegram gives at most 100 updates at a time."""
     fill(post, 97)
@@ -236,6 +239,7 @@ def test_albums_and_pastes_across_two_batches(post: Post):
 
 @since("s04")
 @pytest.mark.parametrize("kind", ["album", "paste"])
+@pytest.mark.costly
 def test_parts_with_others_between_them_across_two_batches(post: Post, kind: str):
     fill(post, 97)
     for number in range(3):
@@ -434,6 +438,7 @@ def squeezed(text: str) -> str:
 
 
 @since("s04")
+@pytest.mark.costly
 def test_typing_is_shown_while_the_model_works(post: Post):
     gate = threading.Event()
     post.model.script("brain", [brain, Gate(gate, Text("at last"))])
@@ -521,6 +526,7 @@ def test_a_user_who_has_blocked_the_bot(post: Post):
 
 
 @since("s04")
+@pytest.mark.costly
 def test_flood_control_is_waited_out(post: Post):
     post.telegram.flood(42, seconds=2)
     with post.screen():
@@ -535,6 +541,7 @@ def test_flood_control_is_waited_out(post: Post):
 
 
 @since("s04")
+@pytest.mark.costly
 def test_two_processes_with_one_bot(post: Post):
     post.telegram.fail("getUpdates", 409, CONFLICT, times=2)
     with post.screen() as screen:
@@ -547,6 +554,7 @@ def test_two_processes_with_one_bot(post: Post):
 
 
 @since("s04")
+@pytest.mark.costly(last=True)
 def test_errors_that_pass(post: Post):
     """What the network and Telegram's front end do: nothing is lost and nothing is said twice."""
     telegram = post.telegram
@@ -670,6 +678,7 @@ def test_killed_with_answers_that_wait_to_be_sent(post: Post):
 
 @since("s04", until="s04")
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.costly
 def test_killed_at_any_moment_25_times(post: Post, seed: int):
     """No message is lost, each is answered, and none stands in a history twice."""
     rng, telegram = random.Random(seed), post.telegram

@@ -210,6 +210,7 @@ def stream_of(made: list[tuple[str, dict]], style: dict, data: st.DataObject) ->
     return Chunks([corpora.says(""), *chunks, corpora.CALLED])
 
 
+@pytest.mark.costly
 def test_calls_survive_any_way_of_sending_them(section: Section, fake_model: FakeModel):
     said: list[Item] = []
     fake_model.script("m", [lambda _: said.pop(0)], repeat=True)

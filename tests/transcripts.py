@@ -170,6 +170,7 @@ def fresh_place(folder: Path, root: Path = REPO) -> Place:
     env = {
         "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "HOME": str(home),
+        "SSL_CERT_DIR": str(home),  # see harness.clean_env
         "LANG": "C.UTF-8",
         "TERM": "xterm",
         "OFFLINE_PACE": "0",
