@@ -529,7 +529,8 @@ def parse() -> argparse.Namespace:
 
 def run_section(script: Path, arguments: list[str], model: str, url: str) -> int:
     """Run a section at this terminal and return its exit status; Ctrl-C is the child's."""
-    blank = ("MODEL_OPTIONS", "EMBEDDING_MODEL", "FALLBACK_MODELS", "OPENAI_API_KEY_2")
+    blank = ["MODEL_OPTIONS", "EMBEDDING_MODEL", "FALLBACK_MODELS"]
+    blank += [f"OPENAI_{part}_{n}" for part in ("API_KEY", "BASE_URL") for n in range(2, 10)]
     env = dict.fromkeys(blank, "") | {"CONTEXT_TOKENS": str(WINDOWS[model])} | os.environ
     env |= {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": url, "MODEL_ID": model}
     direct = f"127.0.0.1,{env.get('no_proxy', env.get('NO_PROXY', ''))}"

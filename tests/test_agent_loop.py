@@ -65,7 +65,7 @@ def play(section: Section, env: dict, questions: list[str]) -> SimpleNamespace:
     """Ask each question and a harmless one after it. Fails if a run ended before its input."""
     rest, shown, statuses, crashes = list(questions), {}, [], []
     while rest:
-        done = pipe(section, "".join(f"{q}\nafter {q}\n" for q in rest), env)
+        done = pipe(section, "".join(f"{q}\nafter {q}\n" for q in rest), env, timeout=90)
         assert KEY not in done.stdout + done.stderr
         found = replies(done.stdout)
         shown |= dict(found)
@@ -336,6 +336,8 @@ def test_odd_answers(section: Section, fake_model: FakeModel, options: str):
         alone = stream.calls or stream.broken or name == "no_created"
         if options and alone and name != "mid_error":
             continue  # these are oddities of streaming alone
+        if stream.broken and section.label >= "s09" and name != "mid_error":
+            continue  # those are tried three times, with seconds between
         text = None if stream.broken else "" if stream.calls else stream.text
         cases[name] = (Chunks(stream.chunks, stream.done), text)
     script(fake_model, {name: item for name, (item, _) in cases.items()})
