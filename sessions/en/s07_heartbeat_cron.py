@@ -3902,22 +3902,28 @@ class CronService:
         self.spawn(self.work, job)
 
     def work(self, job: CronJob) -> None:
-        """Run a job once, when the lane is free if it needs the model; the thread's outermost."""
-        is_turn, text, error = job.payload["kind"] == "agent_turn", "", ""
+        """Run a job, when the lane is free if it needs the model; a thread of its own."""
+        is_turn = job.payload["kind"] == "agent_turn"
+        while is_turn and not self.lane.attempt():
+            time.sleep(0.5)
         try:
-            while is_turn and not self.lane.attempt():
-                time.sleep(0.5)
+            self.run_once(job)
+        finally:
+            if is_turn:
+                self.lane.release()
+
+    def run_once(self, job: CronJob) -> None:
+        """Run a job, note what came of it, and tell; the outermost of its thread."""
+        text, error = "", ""
+        try:
+            now = self.jobs.get(job.id)
+            if not now or now.digest() != job.digest():
+                return  # it was edited or removed while it waited
+            self.log.record("start", job=job.id, at=self.clock.now())
             try:
-                now = self.jobs.get(job.id)
-                if not now or now.digest() != job.digest():
-                    return  # it was edited or removed while it waited
-                self.log.record("start", job=job.id, at=self.clock.now())
-                text = self.perform(job) if is_turn else job.payload["text"]
+                text = self.perform(job)
             except Exception as failure:  # whatever it is, the job has failed
                 error = explain(failure)
-            finally:
-                if is_turn:
-                    self.lane.release()
             try:
                 if text:
                     self.app.announce(f"cron {job.id}", text)
@@ -3936,7 +3942,9 @@ class CronService:
             self.event.set()
 
     def perform(self, job: CronJob) -> str:
-        """Have the agent do a job, in a session of its own. Returns what it has to tell."""
+        """Do a job; a turn has a session of its own. Returns what there is to tell."""
+        if job.payload["kind"] == "system_event":
+            return job.payload["text"]
         text = f"[cron {job.id}] {job.payload['message']}"
         return strip_ok(self.app.think(f"cron-{job.id}", text, job.agent))
 

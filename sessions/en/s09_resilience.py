@@ -1807,7 +1807,7 @@ class App:
             threading.Thread(target=runner.run, daemon=True).start()
 
     def stop(self, status: int) -> NoReturn:
-        """End the process, whatever its threads do: what is not done is in the inbox."""
+        """End the process, whatever its threads do: inbox and queue hold what is not done."""
         for process in list(RUNNING):
             kill(process)
         self.delivery.close(0.8)  # a text that is on its way may arrive
@@ -1830,6 +1830,8 @@ class App:
             text = self.inbox.answers.get(message.ids[0])
             if text is not None:  # it was not sent for sure when the last run ended
                 self.reply(message, text)
+            elif self.delivery.has(message.ids[0]):  # the last run ended before it noted that
+                self.inbox.note(message, type="done")
             else:
                 channel.tell(f"{message.sender or message.peer}: {message.text}")
                 self.handle(message)
@@ -3892,22 +3894,28 @@ class CronService:
         self.spawn(self.work, job)
 
     def work(self, job: CronJob) -> None:
-        """Run a job once, when the lane is free if it needs the model; the thread's outermost."""
-        is_turn, text, error = job.payload["kind"] == "agent_turn", "", ""
+        """Run a job, when the lane is free if it needs the model; a thread of its own."""
+        is_turn = job.payload["kind"] == "agent_turn"
+        while is_turn and not self.lane.attempt():
+            time.sleep(0.5)
         try:
-            while is_turn and not self.lane.attempt():
-                time.sleep(0.5)
+            self.run_once(job)
+        finally:
+            if is_turn:
+                self.lane.release()
+
+    def run_once(self, job: CronJob) -> None:
+        """Run a job, note what came of it, and tell; the outermost of its thread."""
+        text, error = "", ""
+        try:
+            now = self.jobs.get(job.id)
+            if not now or now.digest() != job.digest():
+                return  # it was edited or removed while it waited
+            self.log.record("start", job=job.id, at=self.clock.now())
             try:
-                now = self.jobs.get(job.id)
-                if not now or now.digest() != job.digest():
-                    return  # it was edited or removed while it waited
-                self.log.record("start", job=job.id, at=self.clock.now())
-                text = self.perform(job) if is_turn else job.payload["text"]
+                text = self.perform(job)
             except Exception as failure:  # whatever it is, the job has failed
                 error = explain(failure)
-            finally:
-                if is_turn:
-                    self.lane.release()
             try:
                 if text:
                     self.app.announce(f"cron {job.id}", text)
@@ -3926,7 +3934,9 @@ class CronService:
             self.event.set()
 
     def perform(self, job: CronJob) -> str:
-        """Have the agent do a job, in a session of its own. Returns what it has to tell."""
+        """Do a job; a turn has a session of its own. Returns what there is to tell."""
+        if job.payload["kind"] == "system_event":
+            return job.payload["text"]
         text = f"[cron {job.id}] {job.payload['message']}"
         return strip_ok(self.app.think(f"cron-{job.id}", text, job.agent))
 
@@ -4111,8 +4121,9 @@ class DeliveryQueue:
             case {"type": "enqueue", "delivery": {"id": str(name), "pieces": list()} as fields}:
                 delivery = QueuedDelivery(**fields)
                 delivery.check()
-                self.pending[name] = delivery
-                self.lines.setdefault(delivery.recipient, deque()).append(delivery)
+                if name not in self.pending:
+                    self.pending[name] = delivery
+                    self.lines.setdefault(delivery.recipient, deque()).append(delivery)
             case {"type": "ack"} if delivery:
                 delivery.sent, delivery.tries, delivery.error = delivery.sent + 1, 0, ""
                 if delivery.sent == len(delivery.pieces):
@@ -4191,10 +4202,14 @@ class DeliveryQueue:
             self.owed = []
         self.journal = Journal(path)
 
+    def has(self, name: str) -> bool:
+        """Whether a text with this id was taken before."""
+        return any(name in ids for ids in (self.pending, self.failed, self.sent))
+
     def enqueue(self, delivery: QueuedDelivery) -> None:
         """Take a text, on disk when this returns, and one of each id. Raises OSError."""
         with self.lock:
-            if any(delivery.id in ids for ids in (self.pending, self.failed, self.sent)):
+            if self.has(delivery.id):
                 return
             fields = {name: value for name, value in vars(delivery).items() if name != "due"}
             self.change({"type": "enqueue", "delivery": fields})
