@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -435,7 +436,8 @@ def test_a_turn_that_fails_and_a_new_session(desk: Desk):
     told = [
         [m["content"] for m in chat.messages if m["role"] == "user"] for chat in desk.model.chats
     ]
-    assert told == [["fail"], ["one"], ["two"]]
+    asked = [words for words, _ in itertools.groupby(told)]  # from s09 on, some twice and more
+    assert asked == [["fail"], ["one"], ["two"]]
 
 
 # --- what the platform does to a sender ---

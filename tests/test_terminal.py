@@ -121,7 +121,8 @@ def test_others_do_not_break_into_an_answer(post: Post):
         gate.set()
         screen.wait_for("666")
         screen.wait_for(PROMPT)
-        screen.wait_for("heard hello")
+        if "heard hello" not in screen.text:  # from s10 on it is answered in the meantime
+            screen.wait_for("heard hello")
         drawn(screen, PROMPT)
         post.turn(screen, "bye")
     assert f"\nagent> {words}\n" in screen.paper
