@@ -1,0 +1,736 @@
+"""Delivery (s08): what is to be sent is on disk first, arrives in order, and holds up nobody."""
+
+import json
+import os
+import random
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import harness
+import pytest
+import test_channels
+import test_feishu
+import test_proactive
+import test_telegram
+from fake_feishu import SEND_PATH
+from fake_feishu import FakeFeishu
+from fake_model import FakeModel
+from fake_model import Text
+from fake_telegram import FakeTelegram
+from harness import since
+from hypothesis import HealthCheck
+from hypothesis import example
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from test_feishu import Desk
+from test_feishu import wait_until
+from test_proactive import idle
+from test_proactive import trigger
+from test_proactive import write_jobs
+from test_telegram import PROMPT
+from test_telegram import Post
+from test_telegram import drawn
+from test_telegram import lines_with
+
+post, telegram = test_telegram.post, test_telegram.telegram  # fixtures
+desk, sealing = test_feishu.desk, test_feishu.sealing
+
+SLOW = os.getenv("SLOW") == "1"
+EXAMPLES = 400 if SLOW else 60
+TABLE = (5, 25, 120, 600)
+MINUTE, HOUR = 60, 3600
+HERE, THERE = ("telegram", "default"), ("feishu", "default")
+
+
+def kills_for(section: harness.Section) -> int:
+    """How often the process is killed: it costs a second each, so later sections have fewer."""
+    return 200 if SLOW else 15 if section.label == "s08" else 4
+
+
+# --- a queue on a clock of ours ---
+
+
+class Waits(Exception):
+    """A channel has nothing to send for so many seconds, None for ever."""
+
+
+class Still:
+    """Stands for those who would wait for a channel's next text."""
+
+    def notify(self) -> None:
+        pass
+
+    def wait(self, seconds: float | None) -> None:
+        raise Waits(seconds)
+
+
+class Outlet:
+    """A channel that sends what it is given, unless a rule for the recipient has an error."""
+
+    def __init__(self, bench: "Bench", channel: tuple[str, str]):
+        self.bench = bench
+        self.account = bench.module.ChannelAccount(*channel)
+        self.calls: list[tuple[float, str, str]] = []  # when, to whom, what
+        self.keys: list[str] = []
+        self.arrived: list[tuple[float, str, str]] = []
+        self.rules: dict[str, Callable[[str], Exception | None]] = {}
+        self.told: list[str] = []
+
+    def send(self, peer: str, text: str, key: str = "") -> None:
+        call = (self.bench.time, peer, text)
+        self.calls.append(call)
+        self.keys.append(key)
+        if error := self.rules.get(peer, lambda text: None)(text):
+            raise error
+        self.arrived.append(call)
+
+    def tell(self, text: str, once: bool = False) -> None:
+        self.told.append(text)
+
+    def got(self, peer: str) -> list[str]:
+        return [text for _, to, text in self.arrived if to == peer]
+
+    def times(self, peer: str) -> list[float]:
+        """When it was tried to reach somebody, counted from the bench's beginning."""
+        return [at - self.bench.began for at, to, _ in self.calls if to == peer]
+
+
+class Bench:
+    """A queue, two channels, and a clock that goes only when there is nothing to do."""
+
+    def __init__(self, section: harness.Section, folder: Path):
+        self.module, self.path = section.module, folder / "delivery-queue" / "queue.jsonl"
+        self.time = self.began = 1000.0
+        self.outlets = {channel: Outlet(self, channel) for channel in (HERE, THERE)}
+        self.here, self.there = self.outlets.values()
+        self.start()
+
+    def start(self) -> None:
+        """The program begins, anew if it has run before."""
+        self.queue = self.module.DeliveryQueue(self.path, lambda: self.time)
+        for channel in self.outlets:
+            self.queue.outlets[channel] = (self.queue.outlet(channel)[0], Still())
+
+    def put(self, name: str, peer: str = "42", *pieces: str, channel: tuple = HERE) -> None:
+        delivery = self.module.QueuedDelivery(name, *channel, peer, list(pieces) or [name])
+        self.queue.enqueue(delivery)
+
+    def work(self) -> float:
+        """Send all that is due now. Returns for how long there is nothing to do then."""
+        pauses = []
+        for channel, outlet in self.outlets.items():
+            runner = self.module.DeliveryRunner(outlet, self.queue)
+            try:
+                while delivery := self.queue.take(channel):
+                    runner.attempt(delivery)
+            except Waits as pause:
+                pauses.append(pause.args[0])
+        return min((pause for pause in pauses if pause is not None), default=10**9)
+
+    def until(self, end: float) -> None:
+        """Let time pass up to a moment, counted from the bench's beginning."""
+        end += self.began
+        while self.time + (pause := self.work()) <= end:
+            self.time += max(pause, 0.001)
+        self.time = end
+
+    def command(self, line: str) -> str:
+        """What a command of the terminal says."""
+        name, _, rest = line.partition(" ")
+        agent = SimpleNamespace(app=SimpleNamespace(delivery=self.queue))
+        return self.module.COMMANDS[name][2](agent, rest)
+
+    def error(self, told: str = "it does not answer", **about: object) -> Exception:
+        return self.module.ChannelError(told, **about)
+
+
+@pytest.fixture
+def bench(section, tmp_path: Path) -> Bench:
+    return Bench(section, tmp_path)
+
+
+@since("s08")
+def test_the_table_of_the_tries(bench: Bench):
+    """Five tries, with pauses that differ by a fifth; then a text is failed, and kept."""
+    people = [str(number) for number in range(40)]
+    for person in people:
+        bench.here.rules[person] = lambda text: bench.error()
+        bench.put(f"text {person}", person)
+    bench.until(HOUR)
+    pauses = []
+    for person in people:
+        times = bench.here.times(person)
+        assert times[0] == 0 and len(times) == 5
+        pauses.append([b - a for a, b in zip(times, times[1:], strict=False)])
+    for seconds, found in zip(TABLE, zip(*pauses, strict=True), strict=True):
+        assert 0.8 * seconds <= min(found) < 0.93 * seconds
+        assert 1.07 * seconds < max(found) <= 1.2 * seconds + 0.01
+    failed = bench.queue.failed
+    assert [text.id for text in failed.values()] == [f"text {p}" for p in people] or SLOW is None
+    assert {(text.tries, text.error) for text in failed.values()} == {(5, "it does not answer")}
+    assert not bench.queue.pending and not bench.here.arrived
+    told = Counter(bench.here.told)
+    assert told["it does not answer; trying again"] == 40 and len(bench.here.told) == 80
+    assert told["not sent to 7: it does not answer; see /failed"] == 1
+    bench.until(24 * HOUR)
+    assert len(bench.here.calls) == 200
+
+
+@since("s08")
+def test_a_text_that_comes_through_in_the_end(bench: Bench):
+    """The count begins anew with each piece, and the same key goes with each try of one."""
+    fails = deque([4, 0, 4])
+
+    def moody(text: str) -> Exception | None:
+        if fails[0]:
+            fails[0] -= 1
+            return bench.error()
+        return fails.popleft() and None
+
+    bench.here.rules["42"] = moody
+    bench.put("one", "42", "a", "b", "c")
+    bench.until(HOUR)
+    assert bench.here.got("42") == ["a", "b", "c"] and len(bench.here.calls) == 11
+    assert bench.here.keys == ["one/0"] * 5 + ["one/1"] + ["one/2"] * 5
+    assert not bench.queue.failed and not bench.queue.pending
+
+
+@since("s08")
+def test_to_be_told_to_wait_is_no_failed_try(bench: Bench):
+    floods = iter([7, 0.5, 3600, 40, 1, 2, 3, 90])
+    bench.here.rules["42"] = lambda text: next(
+        (bench.error("flood", retry_after=seconds) for seconds in floods), None
+    )
+    bench.put("one")
+    bench.until(2 * HOUR)
+    waits = [0, 7, 7.5, 3607.5, 3647.5, 3648.5, 3650.5, 3653.5, 3743.5]
+    assert bench.here.times("42") == pytest.approx(waits, abs=0.1)
+    assert bench.here.got("42") == ["one"] and bench.queue.counts["failed"] == 0
+
+    answers = iter([0, 30, 0, 30, 0, 30, 0, 30, 0])
+    bench.here.rules["43"] = lambda text: bench.error("mixed", retry_after=next(answers))
+    bench.put("two", "43")
+    bench.until(4 * HOUR)
+    assert len(bench.here.times("43")) == 9 and bench.queue.failed["two"].tries == 5
+
+
+@since("s08")
+def test_what_can_never_arrive_is_tried_once(bench: Bench):
+    bench.here.rules["42"] = lambda text: bench.error("chat not found", permanent=True)
+    bench.put("one", "42", "a", "b")
+    bench.put("two")
+    bench.put("three", "43")
+    bench.until(HOUR)
+    bench.start()
+    bench.until(2 * HOUR)
+    assert [call[1:] for call in bench.here.calls] == [("42", "a"), ("43", "three"), ("42", "two")]
+    assert [(each.id, each.tries) for each in bench.queue.failed.values()] == [
+        ("one", 1),
+        ("two", 1),
+    ]
+
+
+ODD = [
+    ValueError("odd"),
+    KeyError("odd"),
+    OSError(28, "odd"),
+    TimeoutError(),
+    RuntimeError(""),
+    UnicodeEncodeError("utf-8", "x", 0, 1, "odd"),
+    type("Odd", (Exception,), {"retry_after": None})("odd"),
+]
+
+
+@since("s08")
+@pytest.mark.parametrize("error", ODD, ids=repr)
+def test_whatever_a_channel_raises_the_text_is_kept(bench: Bench, error: Exception):
+    times = 2
+
+    def rule(text: str) -> Exception | None:
+        nonlocal times
+        times -= 1
+        return error if times >= 0 else None
+
+    bench.here.rules["42"] = rule
+    bench.put("one")
+    bench.put("two")
+    bench.put("three", "43")
+    bench.work()
+    waiting = bench.queue.pending["one"]
+    assert waiting.tries == 1 and waiting.error.strip() and bench.here.got("43") == ["three"]
+    bench.until(HOUR)
+    assert bench.here.got("42") == ["one", "two"]
+
+
+@since("s08")
+def test_a_long_wait_is_no_end(bench: Bench):
+    """However far off the moment is that a platform names, others are served."""
+    for number, wait in enumerate((1e12, 1e300, float("inf"), float("nan"), -5)):
+        bench.here.rules[str(number)] = lambda text, wait=wait: bench.error("w", retry_after=wait)
+        bench.put(f"text {number}", str(number))
+    for _ in range(20):
+        assert bench.work() < threading.TIMEOUT_MAX
+    bench.put("fine", "42")
+    bench.work()
+    assert bench.here.got("42") == ["fine"] and len(bench.here.calls) < 200
+    bench.start()
+    assert bench.work() < threading.TIMEOUT_MAX
+    bench.put("finer", "42")
+    bench.work()
+    assert bench.here.got("42") == ["fine", "finer"]
+
+
+@since("s08")
+def test_who_fails_for_an_hour_delays_nobody(bench: Bench):
+    """Order is kept for those who fail; all others get theirs at the moment it is queued."""
+    end = bench.began + HOUR
+    bench.here.rules["42"] = lambda text: bench.error() if bench.time < end else None
+    sent: dict[str, float] = {}
+    for minute in range(90):
+        for name, peer, channel in (("bad", "42", HERE), ("a", "43", HERE), ("b", "42", THERE)):
+            sent[f"{name} {minute}"] = bench.time
+            bench.put(f"{name} {minute}", peer, channel=channel)
+        bench.until(minute * MINUTE + MINUTE)
+    for outlet, peer, name in ((bench.here, "43", "a"), (bench.there, "42", "b")):
+        assert outlet.got(peer) == [f"{name} {minute}" for minute in range(90)]
+        assert all(at - sent[text] < 0.01 for at, to, text in outlet.arrived if to == peer)
+    got = bench.here.got("42")
+    bad = [f"bad {minute}" for minute in range(90)]
+    lost = list(bench.queue.failed)
+    assert 3 <= len(lost) <= 5 and [*lost, *got] == bad
+    assert bench.here.arrived[0][0] >= bench.began and not bench.queue.pending
+    assert len([at for at in bench.here.times("42") if at < HOUR]) <= 5 * 6
+
+
+# --- what the person at the terminal sees and does ---
+
+
+def three_failed(bench: Bench) -> None:
+    """a1, a2 to one and b1 to another are failed."""
+    for peer in ("42", "43"):
+        bench.here.rules[peer] = lambda text: bench.error("gone for ever", permanent=True)
+    for name, peer in (("a1", "42"), ("a2", "42"), ("b1", "43")):
+        bench.put(name, peer, f"{name} I", f"{name} II")
+    bench.work()
+
+
+@since("s08")
+def test_what_failed_can_be_tried_again(bench: Bench):
+    assert bench.command("/failed") == "nothing has failed"
+    three_failed(bench)
+    bench.start()
+    shown = bench.command("/failed").splitlines()
+    assert sorted(line.split(":")[0] for line in shown) == ["a1", "a2", "b1"]
+    assert all("gone for ever" in line and "1 tries" in line for line in shown)
+    assert re.match("0 ", bench.command("/retry nosuch")) and len(bench.queue.failed) == 3
+    bench.here.rules["43"] = lambda text: bench.error()
+    assert bench.command("/retry b").startswith("1 ")
+    bench.until(HOUR)
+    assert bench.queue.failed["b1"].tries == 5, "the count is a fresh one"
+    bench.here.rules.clear()
+    bench.put("a3")
+    assert bench.command("/retry").startswith("3 ") and not bench.queue.failed
+    bench.work()
+    assert bench.here.got("42") == ["a3", "a1 I", "a1 II", "a2 I", "a2 II"]
+    assert bench.here.got("43") == ["b1 I", "b1 II"]
+    assert bench.command("/retry").startswith("0 ")
+
+
+@since("s08")
+def test_a_retry_goes_on_behind_the_pieces_that_arrived(bench: Bench):
+    bench.here.rules["42"] = lambda text: bench.error("no", permanent=True) if text == "b" else None
+    bench.put("one", "42", "a", "b", "c")
+    bench.work()
+    bench.start()
+    bench.here.rules.clear()
+    bench.command("/retry one")
+    bench.start()
+    bench.work()
+    assert bench.here.got("42") == ["a", "b", "c"]
+
+
+@since("s08")
+def test_what_failed_is_known_after_a_restart(bench: Bench):
+    """Its error and its count, too; and it is not queued again by its id."""
+    three_failed(bench)
+    bench.here.rules["44"] = lambda text: bench.error("out of order")
+    bench.put("c1", "44")
+    bench.until(20)
+    before = {name: vars(each) for name, each in bench.queue.failed.items()}
+    tries = bench.queue.pending["c1"].tries
+    assert tries == 2
+    for _ in range(3):
+        bench.start()
+        assert {name: vars(each) for name, each in bench.queue.failed.items()} == before
+        waiting = bench.queue.pending["c1"]
+        assert (waiting.tries, waiting.error) == (tries, "out of order")
+        assert 15 < waiting.due - bench.time <= 30, "the pause goes on"
+        bench.put("a1")
+        assert bench.work() > 10 and len(bench.queue.pending) == 1
+    bench.until(2 * HOUR)
+    assert len(bench.here.times("44")) == 5 and bench.queue.failed["c1"].tries == 5
+
+
+@since("s08")
+def test_a_pause_is_over_after_a_long_night(bench: Bench):
+    """The program was down while the pause passed; or the clock was set back meanwhile."""
+    bench.here.rules["42"] = lambda text: bench.error()
+    bench.put("one")
+    bench.until(HOUR / 12)
+    tries = len(bench.here.calls)
+    assert tries == 4
+    text = bench.path.read_text()
+    for hours, least, most in ((-1, 0, 0), (100, 400, 721)):
+        at = time.time() + hours * HOUR
+        bench.path.write_text(re.sub(r'"at": [\d.]+', f'"at": {at}', text))
+        bench.start()
+        assert least <= bench.queue.pending["one"].due - bench.time <= most
+
+
+@since("s08")
+def test_not_all_that_fails_is_kept(bench: Bench):
+    bench.here.rules["42"] = lambda text: bench.error("no", permanent=True)
+    for number in range(1100):
+        bench.queue.apply(record(bench, f"n{number}"))
+    bench.work()
+    names = [f"n{number}" for number in range(100, 1100)]
+    assert list(bench.queue.failed) == names
+    with bench.queue.lock:
+        bench.queue.compact()
+    bench.start()
+    assert list(bench.queue.failed) == names
+    assert len(bench.command("/failed").splitlines()) == 20
+
+
+@since("s08")
+def test_the_queue_on_the_screen(bench: Bench):
+    assert bench.command("/queue").startswith("0 texts")
+    bench.here.rules["42"] = lambda text: bench.error("no   luck\ntoday")
+    bench.put("one")
+    bench.put("two")
+    bench.put("long", "oc_x", "word\n\n" * 500, channel=THERE)
+    lines = bench.command("/queue").splitlines()
+    assert lines[0].startswith("3 texts") and "2 recipients" in lines[0]
+    assert max(map(len, lines)) < 200 and len(lines) == 3
+    bench.work()
+    first, line = bench.command("/queue").splitlines()
+    assert first.startswith("2 texts") and "'one'" in line and line.startswith("2 to")
+    assert re.search(r"1 tries.*in [456] s$", line)
+
+
+@since("s08")
+def test_failures_can_be_simulated(bench: Bench):
+    assert "100%" in bench.command("/simulate-failure 1")
+    bench.put("one")
+    bench.work()
+    assert bench.here.calls == [] and bench.queue.pending["one"].tries == 1
+    assert "50%" in bench.command("/simulate-failure 0.5")
+    for number in range(400):
+        bench.queue.apply(record(bench, f"n{number}", f"p{number}"))
+    bench.work()
+    assert 140 < len(bench.here.arrived) < 260
+    for bad in ("2", "-1", "1.1", "often", "nan", "1e-3", "0.5 0.5", "0,5", ".", "inf"):
+        with pytest.raises(ValueError, match="rate"):
+            bench.command(f"/simulate-failure {bad}")
+    assert bench.queue.failure_rate == 0.5
+    assert "0%" in bench.command("/simulate-failure 0") and bench.queue.failure_rate == 0
+    bench.command("/simulate-failure 0.25")
+    bench.command("/simulate-failure")
+    assert bench.queue.failure_rate == 0
+    bench.until(HOUR)
+    assert not bench.queue.pending and len(bench.here.arrived) == 401
+
+
+@since("s08")
+def test_the_figures(bench: Bench):
+    three_failed(bench)
+    bench.here.rules.clear()
+    bench.command("/retry b1")
+    bench.put("fine", "44")
+    bench.here.rules["45"] = lambda text: bench.error()
+    bench.put("late", "45")
+    bench.work()
+    figures = [int(number) for number in re.findall(r"\d+", bench.command("/stats"))]
+    assert figures[:5] == [5, 3, 1, 3, 1]
+    bench.start()
+    figures = [int(number) for number in re.findall(r"\d+", bench.command("/stats"))]
+    assert figures[:5] == [0] * 5, "they count from the start"
+
+
+# --- the journal ---
+
+
+def record(bench: Bench, name: str, peer: str = "42", *pieces: str) -> dict:
+    """A text as the journal has it."""
+    fields = vars(bench.module.QueuedDelivery(name, *HERE, peer, list(pieces) or [name]))
+    return {"type": "enqueue", "delivery": {k: v for k, v in fields.items() if k != "due"}}
+
+
+def write(path: Path, *records: object) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+
+
+@since("s08")
+def test_a_damaged_journal(bench: Bench, capsys):
+    """What nobody wrote is set aside and told of, and all the rest is delivered."""
+    odd = ["", "{", "null", "[]", "5", '"x"', "\x00\x01", "[" * 3000, '{"type": []}', "{}"]
+    notes = [
+        {"type": "ack", "id": "nobody"},
+        {"type": "ack", "id": []},
+        {"type": "retry", "id": "good 1", "tries": "2", "error": "x"},
+        {"type": "retry", "id": "good 1", "tries": 2, "error": None},
+        {"type": "retry", "id": "good 1", "tries": 2, "error": "x", "wait": "5", "at": 1},
+        {"type": "retry", "id": "good 1", "tries": 2, "error": "x", "wait": 5, "at": None},
+        {"type": "failed", "id": "nobody", "tries": 2, "error": "x"},
+        {"type": "again", "id": "good 1"},
+        {"type": "sent", "ids": 5},
+        {"type": "enqueue", "delivery": 5},
+        {"type": "enqueue"},
+        {"type": "unheard of", "id": "good 1"},
+    ]
+    lines = [json.dumps(record(bench, "good 0")), *odd]
+    kept = record(bench, "bad")
+    for number, bad in enumerate(test_channels.spoilt(kept["delivery"])):
+        named = bad | ({"id": f"bad {number}"} if isinstance(bad.get("id"), str) else {})
+        lines.append(json.dumps({"type": "enqueue", "delivery": named}))
+    lines.append(json.dumps(record(bench, "good 1")))
+    lines += map(json.dumps, notes)
+    lines.append(json.dumps(record(bench, "good 2")))
+    bench.path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n" + b'{"type": "enq')
+    before = bench.path.read_bytes()
+    bench.start()
+    told = capsys.readouterr().out
+    assert "queue.jsonl: a torn last line was set aside" in told
+    assert "queue.jsonl.damaged" in told and "damaged, left out" in told
+    copy = bench.path.with_name("queue.jsonl.damaged").read_bytes()
+    assert before.startswith(copy) and len(before) - len(copy) == len(b'{"type": "enq')
+    assert b'{"type": "enq' in bench.path.with_name("queue.jsonl.torn").read_bytes()
+    bench.until(HOUR)
+    texts = [text for text in bench.here.got("42") if text.startswith("good")]
+    assert texts == ["good 0", "good 1", "good 2"] and not bench.queue.pending
+    assert len(bench.here.calls) < 30, "a record without one of its fields that can be left out"
+    bench.start()
+    assert capsys.readouterr().out == ""
+
+
+WRONG = [None, "x", [], {}, -1, -7, 10**6, 1e300, float("nan"), float("inf"), True]
+
+
+@since("s08")
+@pytest.mark.parametrize("field", ["due", "tries", "sent", "error"])
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_a_wrong_value_stops_nobody(bench: Bench, field: str, wrong: object):
+    """Neither in a text nor in a note on a try; whether it is sent or set aside."""
+    odd = record(bench, "odd", "41")
+    odd["delivery"][field] = wrong
+    note = {"type": "retry", "id": "noted", "tries": 1, "error": "x", "wait": 1, "at": time.time()}
+    names = {"due": ["wait", "at"], "sent": []}.get(field, [field])
+    notes = [note | {name: wrong} for name in names]
+    before, after = record(bench, "before"), record(bench, "after")
+    write(bench.path, before, odd, record(bench, "noted", "43"), *notes, after)
+    bench.start()
+    fails = {"43": 1, "41": 1}
+
+    def once(peer: str) -> Exception | None:
+        fails[peer] -= 1
+        return bench.error() if fails[peer] >= 0 else None
+
+    for peer in fails:
+        bench.here.rules[peer] = lambda text, peer=peer: once(peer)
+    bench.until(48 * HOUR)
+    assert bench.here.got("42") == ["before", "after"] and not bench.queue.pending
+    assert bench.here.got("43") == ["noted"] or "noted" in bench.queue.failed
+
+
+@since("s08")
+def test_a_text_that_is_in_the_journal_twice(bench: Bench, capsys):
+    """As when the disk took it, said that it did not, and was asked again."""
+    write(bench.path, record(bench, "one"), record(bench, "one"), record(bench, "two"))
+    bench.start()
+    bench.work()
+    bench.put("three")
+    bench.work()
+    assert bench.here.got("42") == ["one", "two", "three"] and not bench.queue.pending
+    bench.start()
+    assert bench.work() > 100 and len(bench.here.calls) == 3
+
+
+@since("s08")
+def test_an_id_is_taken_once(bench: Bench):
+    for _ in range(2):
+        bench.put("one")
+        bench.put("one", "43", "another text")
+        bench.work()
+        bench.put("one")
+        bench.work()
+        bench.start()
+    assert [call[1:] for call in bench.here.calls] == [("42", "one")]
+
+
+@since("s08")
+def test_the_journal_stays_small(bench: Bench):
+    """However much is sent, the file holds what is not; the ids of the latest, too."""
+    bench.here.rules["43"] = lambda text: bench.error()
+    bench.put("waits", "43")
+    most = 0
+    for number in range(3000):
+        with bench.queue.lock:
+            bench.queue.write(record(bench, f"n{number}", "42", "x" * 300), durable=False)
+            bench.queue.apply(record(bench, f"n{number}", "42", "x" * 300))
+            bench.queue.tidy()
+        bench.work()
+        most = max(most, bench.path.stat().st_size)
+    assert len(bench.here.got("42")) == 3000 and most < 600_000
+    bench.start()
+    assert bench.path.stat().st_size < 50_000 and list(bench.queue.pending) == ["waits"]
+    for number in (2999, 2500, 2001):
+        bench.put(f"n{number}")
+    assert list(bench.queue.pending) == ["waits"]
+
+
+@since("s08")
+def test_what_a_crash_left_beside_the_journal_goes(bench: Bench):
+    """A kill while the file is compacted leaves a half of the new one; nobody takes it for one."""
+    bench.put("one")
+    for number in range(3):
+        bench.path.with_name(f".{number:016x}.tmp").write_text(json.dumps(record(bench, "ghost")))
+    bench.start()
+    bench.work()
+    assert bench.here.got("42") == ["one"]
+    assert [file.name for file in bench.path.parent.iterdir()] == ["queue.jsonl"]
+
+
+@since("s08")
+def test_many_queue_while_the_file_is_compacted(bench: Bench):
+    """Nothing is lost and nobody's order changes, in memory or in the file."""
+    queue, threads = bench.queue, []
+
+    def put(who: int) -> None:
+        for number in range(100):
+            bench.put(f"{who}/{number}", f"p{who}")
+
+    for who in range(3):
+        threads.append(threading.Thread(target=put, args=(who,)))
+    for thread in threads:
+        thread.start()
+    rounds = 0
+    while any(thread.is_alive() for thread in threads):
+        with queue.lock:
+            queue.compact()
+        rounds += 1
+        time.sleep(0.001)
+    expected = {f"p{who}": [f"{who}/{number}" for number in range(100)] for who in range(3)}
+    assert rounds > 3 and len(queue.pending) == 300
+    for start_anew in (True, False):
+        if start_anew:
+            bench.start()
+        assert len(bench.queue.pending) == 300
+    bench.work()
+    assert {person: bench.here.got(person) for person in expected} == expected
+
+
+# --- with threads ---
+
+
+class Line(Outlet):
+    """A channel with its own threads, on which some recipients hang until they are let go."""
+
+    def __init__(self, bench: Bench, channel: tuple, queue: object):
+        super().__init__(bench, channel)
+        self.hung: dict[str, threading.Event] = {}
+        self.began: list[str] = []
+        runner = bench.module.DeliveryRunner(self, queue)
+        threading.Thread(target=runner.run, daemon=True).start()
+
+    def send(self, peer: str, text: str, key: str = "") -> None:
+        self.began.append(text)
+        if peer in self.hung:
+            self.hung[peer].wait(30)
+        super().send(peer, text, key)
+
+
+@since("s08")
+def test_who_hangs_delays_nobody(bench: Bench):
+    queue = bench.queue = bench.module.DeliveryQueue(bench.path)
+    here, there = Line(bench, HERE, queue), Line(bench, THERE, queue)
+    here.hung = {"41": threading.Event(), "40": threading.Event()}
+    try:
+        for number in range(20):
+            for peer in ("40", "41", "42", "43"):
+                bench.put(f"{peer} {number}", peer)
+                bench.put(f"there {peer} {number}", peer, channel=THERE)
+        wait_until(lambda: len(here.arrived) == 40 and len(there.arrived) == 80, 10)
+        assert here.began.count("41 0") == 1 and "41 1" not in here.began
+    finally:
+        for event in here.hung.values():
+            event.set()
+    wait_until(lambda: not queue.pending, 10)
+    for peer in ("40", "41", "42", "43"):
+        assert here.got(peer) == [f"{peer} {number}" for number in range(20)]
+    queue.close(1)
+
+
+@since("s08")
+def test_at_the_end_what_is_on_its_way_may_arrive(bench: Bench):
+    queue = bench.queue = bench.module.DeliveryQueue(bench.path)
+    here = Line(bench, HERE, queue)
+    here.hung["42"] = threading.Event()
+    bench.put("one", "42", "a", "b")
+    wait_until(lambda: here.began == ["a"])
+    began = time.monotonic()
+    queue.close(0.3)
+    assert 0.25 < time.monotonic() - began < 2
+    threading.Timer(0.2, here.hung["42"].set).start()
+    queue.close(5)
+    assert here.got("42") == ["a"] and queue.pending["one"].sent == 1
+    time.sleep(0.2)
+    assert here.began == ["a"], "nothing more is begun"
+
+
+@since("s08")
+def test_ten_thousand_wait_at_the_start(bench: Bench):
+    """The first is sent at once, and one more costs what it costs with an empty queue."""
+
+    def cost(label: str) -> float:
+        seconds = []
+        for number in range(150):
+            began = time.perf_counter()
+            bench.put(f"{label} {number}", f"q{number}", "x" * 200)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+    cost("warm")
+    empty = cost("empty")
+    peers = [str(number % 500) for number in range(10_000)]
+    records = [record(bench, f"n{n}", peer, "x" * 200) for n, peer in enumerate(peers)]
+    write(bench.path, *records)
+    size = bench.path.stat().st_size
+    began = time.monotonic()
+    bench.queue = bench.module.DeliveryQueue(bench.path)
+    here = Line(bench, HERE, bench.queue)
+    wait_until(lambda: here.arrived, 10)
+    assert time.monotonic() - began < 3, "a second, on a machine that does nothing else"
+    bench.queue.close(1)
+
+    write(bench.path, *records)
+    bench.start()
+    full = cost("full")
+    assert full < 4 * empty + 0.0005, (full, empty)
+    began = time.monotonic()
+    bench.work()
+    assert time.monotonic() - began < 15 and not bench.queue.pending
+    for peer in ("0", "499"):
+        assert here.account and len(bench.here.got(peer)) == 20
+    bench.start()
+    assert bench.path.stat().st_size < size / 20
