@@ -4037,6 +4037,7 @@ def show_lanes(agent: Agent, rest: str) -> str:
 SEND_BACKOFF = (5, 25, 120, 600)  # seconds between the tries, as in OpenClaw 2026.3
 JITTER = 0.2  # of them: what failed together is not tried together
 MAX_TRIES = 5
+LONGEST_WAIT = 86400  # seconds; to try once a day does no harm
 SENDERS = 4  # threads of a channel: so many recipients may be slow at a time
 MAX_FAILED = 1000  # texts that are kept; the oldest makes room
 MAX_SENT = 1000  # ids of texts that are gone
@@ -4067,7 +4068,7 @@ class QueuedDelivery:
         is_right = all(isinstance(text, str) for text in texts)
         if not is_right or not all(isinstance(number, int) for number in numbers):
             raise TypeError
-        if not 0 <= self.sent < len(self.pieces):
+        if not 0 <= self.sent < len(self.pieces) or self.tries < 0:
             raise TypeError
 
     def __str__(self) -> str:
@@ -4095,6 +4096,8 @@ class DeliveryQueue:
         self.numbers, self.closed, self.failure_rate = count(), False, 0.0
         self.journal = Journal(path)
         self.counts = dict.fromkeys(("enqueue", "ack", "retry", "failed", "again", "sent"), 0)
+        for half in path.parent.glob(".*.tmp"):  # a crash came while the file was compacted
+            half.unlink()
         restore(self.journal, self.apply)
         self.counts = dict.fromkeys(self.counts, 0)
         self.compact()
@@ -4104,7 +4107,9 @@ class DeliveryQueue:
         delivery = self.pending.get(record.get("id", ""))
         match record:
             case {"type": "enqueue", "delivery": {"id": str(name), "pieces": list()} as fields}:
-                delivery = QueuedDelivery(**fields)
+                if self.knows(name):
+                    raise TypeError
+                delivery = QueuedDelivery(**fields | {"due": 0})
                 delivery.check()
                 self.pending[name] = delivery
                 self.lines.setdefault(delivery.recipient, deque()).append(delivery)
@@ -4114,8 +4119,10 @@ class DeliveryQueue:
                     self.sent[delivery.id] = None
                     self.leave(delivery)
             case {"type": "retry", "tries": int(tries), "error": str(error)} if delivery:
-                wait = record.get("wait", 0)
-                left = min(max(record.get("at", 0) + wait - time.time(), 0), wait)
+                if tries < 0:
+                    raise TypeError
+                wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # 0 for what is no number
+                left = min(max(0, record.get("at", 0) + wait - time.time()), wait)
                 delivery.tries, delivery.error, delivery.due = tries, error, self.now() + left
             case {"type": "failed", "tries": int(tries), "error": str(error)} if delivery:
                 delivery.tries, delivery.error = tries, error
@@ -4134,6 +4141,10 @@ class DeliveryQueue:
         self.counts[record["type"]] += 1
         if delivery:
             self.schedule(delivery.recipient)
+
+    def knows(self, name: str) -> bool:
+        """Whether a text with this id was here before."""
+        return any(name in ids for ids in (self.pending, self.failed, self.sent))
 
     def leave(self, delivery: QueuedDelivery) -> None:
         """Take a text out: nothing more will become of it."""
@@ -4189,7 +4200,7 @@ class DeliveryQueue:
     def enqueue(self, delivery: QueuedDelivery) -> None:
         """Take a text, on disk when this returns, and one of each id. Raises OSError."""
         with self.lock:
-            if any(delivery.id in ids for ids in (self.pending, self.failed, self.sent)):
+            if self.knows(delivery.id):
                 return
             fields = {name: value for name, value in vars(delivery).items() if name != "due"}
             self.change({"type": "enqueue", "delivery": fields})
@@ -4281,7 +4292,8 @@ class DeliveryRunner:
     def note_failure(self, delivery: QueuedDelivery, error: Exception) -> None:
         """Plan the next try; none for a text that can never arrive, or that had its tries."""
         told = self.channel.account.hide(str(error) or type(error).__name__)
-        wait = getattr(error, "retry_after", 0)  # to be told to wait is no failed try
+        is_told = isinstance(error, ChannelError)
+        wait = max(0, error.retry_after) if is_told else 0  # to be told to wait is no failed try
         tries = delivery.tries + (not wait)
         if getattr(error, "permanent", False) or tries >= MAX_TRIES:
             self.channel.tell(f"not sent to {delivery.peer}: {told}; see /failed")
