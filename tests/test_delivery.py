@@ -177,7 +177,7 @@ def test_the_table_of_the_tries(bench: Bench):
         assert 0.8 * seconds <= min(found) < 0.93 * seconds
         assert 1.07 * seconds < max(found) <= 1.2 * seconds + 0.01
     failed = bench.queue.failed
-    assert [text.id for text in failed.values()] == [f"text {p}" for p in people] or SLOW is None
+    assert set(failed) == {f"text {person}" for person in people}
     assert {(text.tries, text.error) for text in failed.values()} == {(5, "it does not answer")}
     assert not bench.queue.pending and not bench.here.arrived
     told = Counter(bench.here.told)
@@ -234,7 +234,8 @@ def test_what_can_never_arrive_is_tried_once(bench: Bench):
     bench.until(HOUR)
     bench.start()
     bench.until(2 * HOUR)
-    assert [call[1:] for call in bench.here.calls] == [("42", "a"), ("43", "three"), ("42", "two")]
+    assert [text for _, to, text in bench.here.calls if to == "42"] == ["a", "two"]
+    assert bench.here.got("43") == ["three"] and len(bench.here.calls) == 3
     assert [(each.id, each.tries) for each in bench.queue.failed.values()] == [
         ("one", 1),
         ("two", 1),
@@ -377,7 +378,7 @@ def test_what_failed_is_known_after_a_restart(bench: Bench):
         assert (waiting.tries, waiting.error) == (tries, "out of order")
         assert 15 < waiting.due - bench.time <= 30, "the pause goes on"
         bench.put("a1")
-        assert bench.work() > 10 and len(bench.queue.pending) == 1
+        assert bench.work() > 4 and len(bench.queue.pending) == 1
     bench.until(2 * HOUR)
     assert len(bench.here.times("44")) == 5 and bench.queue.failed["c1"].tries == 5
 
