@@ -735,3 +735,250 @@ def test_ten_thousand_wait_at_the_start(bench: Bench):
         assert here.account and len(bench.here.got(peer)) == 20
     bench.start()
     assert bench.path.stat().st_size < size / 20
+
+
+# --- a text in pieces ---
+
+
+def units(text: str) -> int:
+    """How long a text is as Telegram counts: in UTF-16 units."""
+    return len(text.encode("utf-16-le")) // 2
+
+
+CUTS = [
+    ("", 10, ["(an empty answer)"]),
+    (" \n\n ", 10, ["(an empty answer)"]),
+    ("short", 10, ["short"]),
+    ("one two three", 10, ["one two ", "three"]),
+    ("line\nanother line\n", 13, ["line\nanother ", "line\n"]),
+    ("first\nsecond\nthird", 14, ["first\nsecond\n", "third"]),
+    ("para one\n\npara two", 14, ["para one\n\n", "para two"]),
+    ("a" * 25, 10, ["a" * 10, "a" * 10, "a" * 5]),
+    ("\u4f60\u597d" * 8, 10, ["\u4f60\u597d" * 5, "\u4f60\u597d" * 3]),
+    ("\U0001f600" * 6, 5, ["\U0001f600" * 2] * 3),
+    ("aaaaaaaae\u0301e\u0301", 9, ["aaaaaaaa", "e\u0301e\u0301"]),
+    ("\U0001f1e9\U0001f1ea" * 3, 10, ["\U0001f1e9\U0001f1ea" * 2, "\U0001f1e9\U0001f1ea"]),
+    ("one" + " " * 30 + "two", 10, ["one       ", "   two"]),
+    ("```\none\ntwo\n```\nend", 20, ["```\none\ntwo\n```\nend"]),
+    ("```\none one\ntwo two\n```", 20, ["```\none one\n```", "```\ntwo two\n```"]),
+    ("~~~\n" + "x" * 20 + "\n~~~", 20, ["~~~\n" + "x" * 12 + "\n~~~", "~~~\n" + "x" * 8 + "\n~~~"]),
+    ("```py\none two\nthree\n```", 24, ["```py\none two\nthree\n```"]),
+    ("```py\none two\nthree\n```\nend", 24, ["```py\none two\nthree\n```\n", "end"]),
+    (
+        "before it, some words\n```py\nx = 1\n```\nafter",
+        40,
+        ["before it, some words\n```py\nx = 1\n```\n", "after"],
+    ),
+    (
+        "before it, words\n```py\nx = 1\ny = x + 1\n```\nafter",
+        32,
+        ["before it, words\n", "```py\nx = 1\ny = x + 1\n```\nafter"],
+    ),
+    (
+        "``a``` is no block, but words and words",
+        20,
+        ["``a``` is no block, ", "but words and words"],
+    ),
+    (
+        "```a``` is no block, but words and words",
+        21,
+        ["```a``` is no block, ", "but words and words"],
+    ),
+]
+
+
+@since("s08")
+@pytest.mark.parametrize("text, limit, pieces", CUTS)
+def test_how_a_text_is_cut(section, text: str, limit: int, pieces: list[str]):
+    assert section.module.chunk_message(text, limit) == pieces
+
+
+LOOPS = [
+    "```\ne" + "\u0301" * 60,
+    "```\n" + "x\u200d" * 60,
+    "~~~" + "\U0001f600" * 6 + "\n" + "\U0001f600" * 90,
+    "```" + "x" * 100,
+    "`" * 300,
+    "~~~\n" * 50,
+    "```\n\n" + "\n" * 200 + "```",
+    "   ```\n" + "\r\n" * 100,
+    "\u0301" * 200,
+    "```\n" + "\U0001f1e9" * 100,
+    "```\n" + "x " * 18 + "\n```" + " " * 90 + "\nend",
+    "a" * 19 + "\n~~~" + "\U0001f600" * 3 + "\n" + "\U0001f600" * 90,
+]
+
+
+@since("s08")
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", LOOPS, ids=range(len(LOOPS)))
+def test_every_text_comes_to_an_end(section, text: str):
+    for limit in range(40, 60):
+        rest, count = text, 0
+        while rest:
+            piece, rest = section.module.cut_piece(rest, limit)
+            assert units(piece) <= limit and piece
+            count += 1
+            assert count < 200, (limit, piece)
+
+
+def blocks(text: str) -> list[tuple[int, int, str, str]]:
+    """The code blocks: from the end of the opening line to the closing line, or the text's end.
+
+    With it go the opening line and its mark: Markdown's own rules, line by line.
+    """
+    found, at, opening, mark = [], 0, "", ""
+    begin = 0
+    for line in text.splitlines(keepends=True) if "\r" not in text else text.split("\n"):
+        match = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        if not opening and match and not (match[1][0] == "`" and "`" in match[2]):
+            opening, mark, begin = line.rstrip("\n"), match[1], at + len(line)
+        elif opening and match and match[1].startswith(mark) and not match[2].strip():
+            found.append((begin, at, opening, mark))
+            opening = ""
+        at += len(line)
+    if opening:
+        found.append((begin, len(text) + 1, opening, mark))
+    return found
+
+
+def around(found: list[tuple[int, int, str, str]], at: int) -> tuple[str, str]:
+    """The opening line and the mark of the block that a place is in."""
+    return next(((line, mark) for a, b, line, mark in found if a <= at <= b), ("", ""))
+
+
+def cuts_of(text: str, pieces: list[str]) -> list[int]:
+    """Where a text was cut; AssertionError if the pieces are not this text, with blocks mended."""
+    found, ways = blocks(text), {0: []}
+    for piece in pieces:
+        after = {}
+        for at, cuts in ways.items():
+            blank = re.compile(r"\s*").match(text, at).end()  # blanks alone are no piece
+            for begin in dict.fromkeys((at, *range(at, blank + 1))):
+                line = around(found, begin)[0] if begin else ""
+                if line and not piece.startswith(f"{line}\n"):
+                    continue
+                for end, body in ends_of(piece[len(line) + 1 if line else 0 :]):
+                    here = begin + len(body)
+                    mark = around(found, here)[1] if here < len(text) else ""
+                    if text.startswith(body, begin) and end in (mark, mark and f"\n{mark}"):
+                        after.setdefault(here, [*cuts, here])
+        assert after, f"{piece!r} is not what comes at {set(ways)} in {text!r}"
+        ways = after
+    whole = [cuts for at, cuts in ways.items() if not text[at:].strip()]
+    assert whole, f"the end of {text!r} is not in {pieces}"
+    return whole[0]
+
+
+def ends_of(body: str) -> Iterator[tuple[str, str]]:
+    """The ways to see a piece: with what was added at its end, and without it."""
+    yield "", body
+    if match := re.search(r"\n(`{3,}|~{3,})\Z", body):
+        yield match[1], body[: match.start() + 1]
+        yield match[0], body[: match.start()]
+
+
+WORDS = (
+    "word a of the quick brown \u4f60\u597d\u4e16\u754c \u6f22\u5b57\u304b\u306a \ud55c\uad6d\uc5b4 "
+    "\u0645\u0631\u062d\u0628\u0627 \u0627\u0644\u0639\u064e\u0631\u064e\u0628\u0650\u064a\u064e\u0651\u0629 "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0915\u094d\u0937\u0947\u0924\u094d\u0930 "
+    "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 na\u00efve "
+    "*bold* _it_ `code` [link](http://x.y) - # > 1. | \\ \U00020000\U0002a6d6 \U0001d518\U0001d52b"
+).split()
+CLUSTERS = [
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",  # a family
+    "\U0001f3f3\ufe0f\u200d\U0001f308",
+    "\U0001f1e9\U0001f1ea",
+    "\U0001f1ef\U0001f1f5",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",  # Scotland
+    "\U0001f44d\U0001f3fd",
+    "\U0001f469\U0001f3ff\u200d\U0001f680",
+    "1\ufe0f\u20e3",
+    "e\u0301",
+    "a\u0308\u0323\u0301",
+    "\u1112\u1161\u11ab",  # Hangul, in parts
+    "\u0915\u0941",
+    "\U0001f600",
+]
+INFOS = ["", "py", "c++", "diff", " sh"]
+MARKS = ["```", "````", "~~~", "~~~~"]
+
+spaced = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
+crowd = st.lists(st.sampled_from(CLUSTERS), min_size=1, max_size=40).map("".join)
+many = st.tuples(st.sampled_from(CLUSTERS), st.integers(1, 120)).map(lambda p: p[0] * p[1])
+solid = st.text(
+    st.sampled_from("ab\u4f60\u3042\ud55c\u0627\u0905\U00020000\u00e9."), min_size=1, max_size=150
+)
+line = st.one_of(spaced, spaced, crowd, many, solid, st.just(""))
+paragraph = st.lists(line, max_size=5).map("\n".join)
+
+
+@st.composite
+def block(draw: st.DrawFn) -> str:
+    """A code block, closed; lines in it may look like the ends of others."""
+    mark, info = draw(st.sampled_from(MARKS)), draw(st.sampled_from(INFOS))
+    lines = draw(st.lists(line, max_size=12))
+    other = {"`": "~~~", "~": "```"}[mark[0]]
+    for odd in (other, f"{other} x", mark[:-1] if len(mark) > 3 else "x", f"{mark} x"):
+        if draw(st.integers(0, 5)) == 0:
+            lines.insert(draw(st.integers(0, len(lines))), odd)
+    indent = draw(st.sampled_from(["", "", " ", " " if info else "   "]))
+    close = mark + mark[0] * draw(st.sampled_from([0, 0, 0, 1]))
+    return "\n".join([f"{indent}{mark}{info}", *lines, close])
+
+
+markdown = st.lists(st.one_of(paragraph, paragraph, block()), max_size=8).map("\n".join)
+IGNORED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+limits = st.one_of(st.integers(40, 120), st.integers(40, 4000))
+
+
+@since("s08")
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=not SLOW,
+    suppress_health_check=IGNORED,
+)
+@given(text=markdown, limit=limits)
+@example(text="a" + CLUSTERS[2] * 1500, limit=4000)
+@example(text="```\n" + "x" * 20 + " foo\n" + "y " * 60 + "\n```\n", limit=40)
+@example(text="~~~\n" + "x " * 15 + "\n~~~~\nrest " * 3, limit=40)
+def test_pieces_are_the_text(section, text: str, limit: int):
+    """None is too long, all is there, no character is broken, and code stays code."""
+    pieces = section.module.chunk_message(text, limit)
+    if not text.strip():
+        assert pieces == ["(an empty answer)"]
+        return
+    assert all(0 < units(piece) <= limit for piece in pieces)
+    cuts = cuts_of(text, pieces)
+    is_open = bool(around(blocks(text), len(text))[0])
+    for number, piece in enumerate(pieces, 1):
+        last = number == len(pieces)
+        assert not around(blocks(piece), len(piece))[0] or (last and is_open), piece
+    for cluster in CLUSTERS[:-1]:
+        for match in re.finditer(re.escape(cluster), text):
+            whole = len(re.search("[\U0001f1e6-\U0001f1ff]*$", text[: match.start()])[0]) % 2 == 0
+            if whole:
+                assert not [cut for cut in cuts if match.start() < cut < match.end()], cluster
+    assert len(pieces) <= 2 + 6 * units(text) // limit + 4 * len(blocks(text))
+
+
+@since("s08")
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=not SLOW,
+    suppress_health_check=IGNORED,
+)
+@given(
+    text=st.text(
+        st.sampled_from("ab `~\n\r\t\u0301\u200d\U0001f600\U0001f1e9\u4f60"), max_size=400
+    ),
+    limit=st.integers(40, 90),
+)
+def test_no_text_is_too_odd(section, text: str, limit: int):
+    """Whatever it is: it ends, fits, and each visible character is there, in order."""
+    pieces = section.module.chunk_message(text, limit)
+    assert all(units(piece) <= limit for piece in pieces)
+    shown = iter("".join(pieces))
+    assert not text.strip() or all(char in shown for char in text if not char.isspace())
