@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import ExitStack
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -878,13 +877,22 @@ def ends_of(body: str) -> Iterator[tuple[str, str]]:
         yield match[0], body[: match.start()]
 
 
-WORDS = (
-    "word a of the quick brown \u4f60\u597d\u4e16\u754c \u6f22\u5b57\u304b\u306a \ud55c\uad6d\uc5b4 "
-    "\u0645\u0631\u062d\u0628\u0627 \u0627\u0644\u0639\u064e\u0631\u064e\u0628\u0650\u064a\u064e\u0651\u0629 "
-    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0915\u094d\u0937\u0947\u0924\u094d\u0930 "
-    "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 na\u00efve "
-    "*bold* _it_ `code` [link](http://x.y) - # > 1. | \\ \U00020000\U0002a6d6 \U0001d518\U0001d52b"
-).split()
+WORDS = [
+    "word",
+    "a quick brown na\u00efve",
+    "*bold* _it_ `code`",
+    "[link](http://x.y)",
+    "- # > 1. |",
+    "\u4f60\u597d\u4e16\u754c",
+    "\u6f22\u5b57\u304b\u306a",
+    "\ud55c\uad6d\uc5b4",
+    "\u0e2a\u0e27\u0e31\u0e2a",
+    "\u0645\u0631\u062d\u0628\u0627 \u0628\u0650\u064a\u064e\u0651\u0629",
+    "\u05e9\u05c1\u05b8\u05dc\u05d5",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0915\u094d\u0937\u0947\u0924\u094d\u0930",
+    "\U00020000\U0002a6d6",
+    "\U0001d518\U0001d52b",
+]
 CLUSTERS = [
     "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",  # a family
     "\U0001f3f3\ufe0f\u200d\U0001f308",
@@ -982,3 +990,395 @@ def test_no_text_is_too_odd(section, text: str, limit: int):
     assert all(units(piece) <= limit for piece in pieces)
     shown = iter("".join(pieces))
     assert not text.strip() or all(char in shown for char in text if not char.isspace())
+
+
+# --- the program as a person runs it ---
+
+
+def pending(folder: Path) -> dict[str, list[str]]:
+    """What waits in the journal of a workspace, by recipient, with the texts of the pieces left."""
+    waiting: dict[str, dict] = {}
+    for line in journal(folder).read_bytes().split(b"\n")[:-1]:
+        note = json.loads(line)
+        name = note.get("id")
+        if note["type"] == "enqueue":
+            waiting[note["delivery"]["id"]] = dict(note["delivery"])
+        elif note["type"] == "ack" and name in waiting:
+            waiting[name]["sent"] += 1
+            if waiting[name]["sent"] == len(waiting[name]["pieces"]):
+                del waiting[name]
+        elif note["type"] == "failed":
+            waiting.pop(name, None)
+    found: dict[str, list[str]] = {}
+    for each in waiting.values():
+        place = f"{each['channel']} {each['account']} {each['peer']}"
+        found.setdefault(place, []).extend(each["pieces"][each["sent"] :])
+    return found
+
+
+def journal(folder: Path) -> Path:
+    return folder / "delivery-queue" / "queue.jsonl"
+
+
+def inbox_is_empty(folder: Path) -> bool:
+    notes = [json.loads(line) for line in (folder / ".inbox.jsonl").read_text().splitlines()]
+    ended = {note["id"] for note in notes if note["type"] == "done"}
+    return {n["message"]["ids"][0] for n in notes if n["type"] == "message"} <= ended
+
+
+def say_command(screen: harness.Screen, line: str, answer: str | re.Pattern) -> re.Match:
+    """Type a command and wait for what it says."""
+    drawn(screen, PROMPT)
+    screen.type(f"{line}\n")
+    return screen.wait_for(answer)
+
+
+@since("s08")
+def test_who_has_blocked_the_bot(post: Post):
+    """Is tried once, told of, kept over a kill, and tried once more when asked to."""
+    write_jobs(post.workspace, idle("news"))
+    sends = "sendMessage"
+    with post.screen(OWNER="telegram:44") as screen:
+        post.telegram.block(42)
+        post.telegram.say("one")
+        screen.wait_for("not sent to 42: Forbidden: bot was blocked by the user; see /failed")
+        trigger(screen, "news")
+        screen.wait_for("not sent to 44: Chat not found; see /failed")
+        assert post.ask("fine", 43).text == "heard fine"
+        assert len(post.called(sends)) == 3
+        wait_until(lambda: not pending(post.workspace))
+        screen.kill()
+    with post.screen() as screen:
+        say_command(screen, "/failed", re.compile(r"44, 'this is news' after 1 tries: Chat not"))
+        assert lines_with(screen.text, "42, 'heard one' after 1 tries: Forbidden")
+        assert len(post.called(sends)) == 3 and not post.told(42)
+        post.telegram.block(42, blocked=False)
+        say_command(screen, "/retry telegram", "1 texts are tried again")
+        assert post.wait(1)[0].text == "heard one"
+        post.telegram.know(44)
+        say_command(screen, "/retry", "1 texts are tried again")
+        assert post.wait(1, 44)[0].text == "this is news"
+        say_command(screen, "/failed", "nothing has failed")
+        say_command(screen, "/retry nosuch", "0 texts")
+        say_command(screen, "/queue", "0 texts wait")
+        assert len(post.called(sends)) == 5
+        wait_until(lambda: not pending(post.workspace))
+        say_command(screen, "/stats", "2 pieces sent, 0 tries failed, 0 texts given up, 2 put back")
+
+
+@since("s08")
+def test_simulated_failures_and_a_flood(post: Post):
+    with post.screen() as screen:
+        say_command(screen, "/simulate-failure often", "the rate must be from 0 to 1, not often")
+        say_command(screen, "/simulate-failure 1", "100% of the sends fail")
+        post.telegram.say("one")
+        screen.wait_for("simulated failure; trying again")
+        began = time.monotonic()
+        say_command(screen, "/queue", re.compile(r"1 to telegram default 42.*1 tries.*in [456] s"))
+        say_command(screen, "/simulate-failure 0", "0% of the sends fail")
+        post.telegram.flood(43, seconds=1)
+        post.telegram.say("flooded", 43)
+        assert post.wait(1, 43)[0].text == "heard flooded"
+        assert post.wait(1)[0].text == "heard one"
+        wait_until(lambda: not pending(post.workspace))
+        assert 3.5 < time.monotonic() - began < 8
+        say_command(screen, "/stats", "2 texts taken, 2 pieces sent, 2 tries failed")
+
+
+@since("s08")
+@pytest.mark.parametrize("up", [True, False], ids=["sent", "not sent"])
+def test_a_crash_between_the_queue_and_the_inbox(post: Post, up: bool):
+    """The inbox holds the question as open, the queue knows its id: the answer is sent once."""
+    with post.screen() as screen:
+        post.ask("before")
+        post.confirmed()
+        if not up:
+            post.telegram.hang("sendMessage", 3)
+        post.telegram.say("one")
+        screen.wait_for("to User 42: heard one")
+        post.telegram.until(lambda: up is False or len(post.told(42)) == 2)
+        post.confirmed()
+        wait_until(lambda: inbox_is_empty(post.workspace))
+        wait_until(lambda: len(pending(post.workspace)) == (not up))
+        screen.kill()
+    inbox = post.workspace / ".inbox.jsonl"
+    *lines, last = inbox.read_text().splitlines(keepends=True)
+    assert '"done"' in last
+    inbox.write_text("".join(lines))
+    with post.screen() as screen:
+        post.telegram.say("after")
+        post.wait(3)
+        wait_until(lambda: inbox_is_empty(post.workspace) and not pending(post.workspace))
+    assert post.told(42) == ["heard before", "heard one", "heard after"]
+    assert post.questions == ["before", "one", "after"]
+
+
+@since("s08")
+def test_a_kill_between_two_pieces(post: Post):
+    """What has arrived stays, and the next run goes on there; one piece comes twice at most."""
+    pieces = [f"{number} {'x' * 3900}\n" for number in range(6)]
+    post.model.script("long", [Text("".join(pieces))], repeat=True)
+    post.telegram.hang("sendMessage", 0.3, times=100, after=True)
+    with post.screen(MODEL_ID="long") as screen:
+        post.telegram.say("tell me")
+        post.wait(3)
+        screen.kill()
+    before = len(post.told(42))
+    with post.screen(MODEL_ID="long"):
+        post.telegram.until(lambda: post.told(42)[-1:] == pieces[-1:], 20)
+        wait_until(lambda: not pending(post.workspace))
+    told = post.told(42)
+    assert before in (3, 4) and told[before - 1] == pieces[before - 1]
+    once = [text for number, text in enumerate(told) if text not in told[:number]]
+    assert once == pieces and len(told) <= 7
+    assert told in (pieces, [*pieces[:before], *pieces[before - 1 :]])
+
+
+@since("s08")
+def test_a_full_disk(post: Post):
+    """One line says so, the terminal goes on, and with room again all has its answer."""
+    texts = [f"{number} " + "y" * 3990 + "\n" for number in range(8)]
+    fields = {"channel": "telegram", "peer": "42", "pieces": texts}
+    file = journal(post.workspace)
+    file.parent.mkdir()
+    places = [{"id": account, "account": account} for account in ("late", "never")]
+    write(file, *({"type": "enqueue", "delivery": fields | place} for place in places))
+    with post.screen():
+        pass
+    room = file.stat().st_size + 900
+    with harness.Screen(post.section, post.env(), fsize=room) as screen:
+        screen.wait_for(PROMPT)
+        said = []
+        while not is_full(screen):
+            said.append(f"question {len(said)}")
+            post.telegram.say(said[-1])
+            wait_until(lambda: f"heard {said[-1]}" in file.read_text() or is_full(screen))
+            assert len(said) < 30
+        assert len(said) > 1
+        (line,) = [text for text in screen.paper.splitlines() if "not answered" in text]
+        assert "full" in line or "large" in line
+        wait_until(lambda: len(post.told(42)) >= len(said) - 1)
+        drawn(screen, PROMPT)
+        screen.type("still there?\n")
+        screen.wait_for("heard still there?")
+        screen.kill()
+        post.check(screen.raw)
+    with FakeTelegram("654321:other-token", "late_bot") as late, ExitStack() as until:
+        late.know(42)
+        until.enter_context(post.screen(**test_channels.bot(late, "_LATE")))
+        post.telegram.until(lambda: post.told(42)[-1] == f"heard {said[-1]}", 20)
+        late.wait_sent(len(texts), 20)
+        wait_until(lambda: list(pending(post.workspace)) == ["telegram never 42"])
+        assert [sent.text for sent in late.sent] == texts and not late.problems
+    told = post.told(42)
+    answers = [f"heard {text}" for text in said]
+    assert [t for n, t in enumerate(told) if t not in told[:n]] == answers
+    assert len(told) <= len(said) + 1
+
+
+def is_full(screen: harness.Screen) -> bool:
+    return "not answered" in screen.text
+
+
+@since("s08")
+def test_a_folder_that_cannot_be_used(section, fake_model: FakeModel, workspace: Path):
+    """The program says so in a line, and does not begin to take what it could not keep."""
+    folder = workspace / "delivery-queue"
+    cases: list[Callable[[], object]] = [folder.touch, (folder / "queue.jsonl").mkdir]
+    if os.geteuid():
+        cases.append(lambda: folder.chmod(0o500))
+    for number, spoil in enumerate(cases):
+        if number:
+            folder.mkdir()
+        spoil()
+        done = harness.pipe(section, "quit\n", fake_model.env())
+        assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+        (told,) = done.stderr.splitlines()
+        assert "the workspace cannot be used" in told and "delivery-queue" in told
+        folder.chmod(0o700)
+        folder.unlink() if number == 0 else [each.rmdir() for each in folder.iterdir()]
+        if number:
+            folder.rmdir()
+
+
+# --- kill -9 ---
+
+
+class Network:
+    """Two bots and Feishu, slow to answer, and everybody who writes to them."""
+
+    def __init__(self, post: Post, second: FakeTelegram, feishu: FakeFeishu):
+        self.post, self.first, self.second, self.feishu = post, post.telegram, second, feishu
+        self.count, self.turns, self.said = 0, 0, 0
+        self.enqueued: dict[str, dict] = {}  # every text that was in the journal, in order
+        self.hook, self.unheard = "", []
+        post.model.script("brain", [self.brain], repeat=True)
+
+    def brain(self, body: dict) -> Text:
+        """Each answer is another one, and some are long."""
+        asked = test_proactive.question(body)
+        self.turns += 1
+        about = asked[-20:] if asked.startswith("say ") else "unasked"
+        text = f"<{self.turns}> {about}"
+        lines = [f"{text} {number}\n" for number in range(500 if self.turns % 5 == 0 else 0)]
+        return Text("".join([f"{text}\n" if lines else text, *lines]))
+
+    def env(self) -> dict[str, str]:
+        env = Desk.settings(self, self.feishu, ALLOWED_CHATS="ou_alice ou_bobby")
+        bot = test_channels.bot(self.second, "_WORK", ALLOWED_CHATS="42, 43")
+        return self.post.env(
+            **env, **bot, OWNER="telegram:43", TIMEZONE="UTC", HEARTBEAT_SECONDS="1"
+        )
+
+    def slow(self, seconds: float, dice: random.Random) -> None:
+        """From now on, answers are late: of some, the request is carried out before."""
+        for bot in (self.first, self.second):
+            with bot._changed:
+                bot._faults.clear()
+            for _ in range(40 if seconds else 0):
+                late = dice.uniform(0, 2 * seconds)
+                bot.hang("sendMessage", late, after=dice.random() < 0.5)
+        self.feishu._faults.clear()
+        for _ in range(40 if seconds else 0):
+            self.feishu.hang(dice.uniform(0, 2 * seconds), part=SEND_PATH)
+
+    def speak(self) -> None:
+        """Everybody says something, at Feishu what it did not take, too."""
+        self.said += 1
+        for bot in (self.first, self.second):
+            for chat in (42, 43):
+                bot.say(f"say {self.said} to {chat}", chat)
+        for person in ("ou_alice", "ou_bobby"):
+            self.unheard.append(self.feishu.event(f"say {self.said}", open_id=person))
+
+    def push(self) -> None:
+        while self.unheard and self.hook:
+            if self.feishu.push(self.hook, self.unheard[0]).status != 200:
+                return
+            del self.unheard[0]
+
+    def look(self) -> Counter:
+        """Note what is in the journal, and at which point of its way each next piece is."""
+        waiting, points = pending(self.post.workspace), Counter()
+        for line in journal(self.post.workspace).read_bytes().split(b"\n")[:-1]:
+            note = json.loads(line)
+            if note["type"] == "enqueue":
+                self.enqueued.setdefault(note["delivery"]["id"], note["delivery"])
+        for place, pieces in waiting.items():
+            calls, arrived = self.reached(place)
+            point = "arrived" if pieces[0] in arrived else "called" if pieces[0] in calls else "not"
+            points[point] += 1
+        return points
+
+    def reached(self, place: str) -> tuple[list[str], list[str]]:
+        """What was sent to somebody, and what of it has arrived."""
+        name, account, peer = place.split()
+        if name == "feishu":
+            calls = [call.body for call in self.feishu.calls if call.path == SEND_PATH]
+            texts = [json.loads(c["content"])["text"] for c in calls if c["receive_id"] == peer]
+            return texts, [sent.text for sent in self.feishu.sent if sent.receive_id == peer]
+        bot = self.first if account == "default" else self.second
+        calls = [params for method, params in bot.calls if method == "sendMessage"]
+        texts = [params["text"] for params in calls if str(params["chat_id"]) == peer]
+        return texts, [sent.text for sent in bot.sent_to(int(peer))]
+
+
+@since("s08")
+@pytest.mark.timeout(1200 if SLOW else 120)
+def test_kill_at_any_moment(section, post: Post, tmp_path: Path):
+    """Replies, beats and jobs: nothing that was queued is lost, order holds, and no more than
+    what was on its way at a kill comes twice: of each recipient, one piece at most.
+    """
+    kills, dice = kills_for(section), random.Random(8)
+    hasty = test_proactive.hasty(section, tmp_path)
+    payload = {"kind": "agent_turn", "message": "a job"}
+    write_jobs(post.workspace, idle("job") | job_every_second(payload))
+    (post.workspace / "HEARTBEAT.md").write_text("- look\n")
+    file = journal(post.workspace)
+    points, largest, began = Counter(), 0, time.monotonic()
+    with (
+        FakeTelegram("654321:other-token", "work_bot") as second,
+        FakeFeishu() as feishu,
+    ):
+        net = Network(post, second, feishu)
+        feishu.users.add("ou_bobby")
+        for bot in (net.first, net.second):
+            bot.poll_cap = 0.5
+            for chat in (42, 43):
+                bot.know(chat)
+        for number in range(kills + 1):
+            last = number == kills
+            net.slow(0 if last else 0.25, dice)
+            net.hook = ""
+            if number % 2 == 0:
+                net.speak()
+            with harness.Screen(hasty, net.env()) as screen:
+                if not last and number % 7 == 3:  # while it starts
+                    time.sleep(dice.uniform(0, 0.5))
+                else:
+                    net.hook = screen.wait_for(test_feishu.ON)[1]
+                    net.push()
+                    before, until = len(net.enqueued), time.monotonic() + (not last)
+                    while time.monotonic() < until and len(net.enqueued) == before:
+                        time.sleep(0.02)
+                        net.look()
+                    time.sleep(0 if last else dice.uniform(0, 0.7))
+                if last:
+                    wait_until(lambda: not net.unheard and not pending(post.workspace), 60)
+                    wait_until(lambda: inbox_is_empty(post.workspace), 60)
+                    write_jobs(post.workspace)
+                    (post.workspace / "HEARTBEAT.md").unlink()
+                    time.sleep(0.5)
+                    wait_until(lambda: not net.look() and inbox_is_empty(post.workspace), 60)
+                screen.kill()
+                assert not re.search("Traceback|Exception", screen.raw), screen.text
+            if file.exists():
+                points += net.look()
+                largest = max(largest, file.stat().st_size)
+        twice = check_arrivals(net, kills)
+        assert not second.problems and not feishu.problems
+    unasked = sum("unasked" in text["pieces"][0] for text in net.enqueued.values())
+    figures = {
+        "kills": kills,
+        "texts": len(net.enqueued),
+        "unasked": unasked,
+        "pieces": sum(len(text["pieces"]) for text in net.enqueued.values()),
+        "twice": twice,
+        "at a kill": dict(points),
+        "largest": largest,
+        "seconds": round(time.monotonic() - began),
+    }
+    print(figures, Counter(len(text["pieces"]) for text in net.enqueued.values()))
+    assert unasked and len(net.enqueued) >= 3 * kills, figures
+    assert min(points[point] for point in ("not", "called", "arrived")) >= kills // 15, figures
+    assert largest < 300_000, figures
+    assert [each.name for each in file.parent.iterdir()] == ["queue.jsonl"]
+
+
+def job_every_second(payload: dict) -> dict:
+    schedule = {"kind": "every", "every_seconds": 1}
+    return {"schedule": schedule, "payload": payload, "enabled": True}
+
+
+def check_arrivals(net: Network, kills: int) -> int:
+    """That everybody got what was queued for them, in order. How many pieces came twice."""
+    people: dict[str, list[str]] = {}
+    for text in net.enqueued.values():
+        place = f"{text['channel']} {text['account']} {text['peer']}"
+        people.setdefault(place, []).extend(text["pieces"])
+    assert len(people) == 6
+    total = 0
+    for place, pieces in people.items():
+        assert len(set(pieces)) == len(pieces)
+        arrived = net.reached(place)[1]
+        once = [text for n, text in enumerate(arrived) if not n or text != arrived[n - 1]]
+        assert once == pieces, place
+        twice = len(arrived) - len(once)
+        assert twice <= kills and (not twice or place.startswith("telegram")), place
+        total += twice
+    asked = [text for pieces in people.values() for text in pieces]
+    for number in range(1, net.said + 1):
+        for ending, count in ((f"say {number}", 2), (f"say {number} to 42", 2)):
+            found = [t for t in asked if t.splitlines()[0].endswith(f" {ending}")]
+            assert len(found) >= count, ending
+    return total
