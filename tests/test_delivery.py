@@ -337,7 +337,8 @@ def test_what_failed_can_be_tried_again(bench: Bench):
     bench.here.rules["43"] = lambda text: bench.error()
     assert bench.command("/retry b").startswith("1 ")
     bench.until(HOUR)
-    assert bench.queue.failed["b1"].tries == 5, "the count is a fresh one"
+    assert bench.queue.failed["b1"].tries == 5
+    assert len(bench.here.times("43")) == 6, "the count is a fresh one"
     bench.here.rules.clear()
     bench.put("a3")
     assert bench.command("/retry").startswith("3 ") and not bench.queue.failed
@@ -1181,6 +1182,21 @@ def is_full(screen: harness.Screen) -> bool:
 
 
 @since("s08")
+def test_halves_of_characters_are_mended(post: Post):
+    """No server takes them, and no journal: a reminder that has them arrives all the same."""
+    write_jobs(post.workspace, idle("news") | {"payload": halves("one \ud83d two")})
+    with post.screen(OWNER="telegram:42") as screen:
+        post.telegram.know(42)
+        trigger(screen, "news")
+        assert post.wait(1)[0].text == "one \ufffd two"
+        wait_until(lambda: not pending(post.workspace))
+
+
+def halves(text: str) -> dict:
+    return {"kind": "system_event", "text": text}
+
+
+@since("s08")
 def test_a_folder_that_cannot_be_used(section, fake_model: FakeModel, workspace: Path):
     """The program says so in a line, and does not begin to take what it could not keep."""
     folder = workspace / "delivery-queue"
@@ -1221,7 +1237,8 @@ class Network:
         about = asked[-20:] if asked.startswith("say ") else "unasked"
         text = f"<{self.turns}> {about}"
         lines = [f"{text} {number}\n" for number in range(500 if self.turns % 5 == 0 else 0)]
-        return Text("".join([f"{text}\n" if lines else text, *lines]))
+        whole = "".join([f"{text}\n" if lines else text, *lines])
+        return Text(whole, pieces=[whole])
 
     def env(self) -> dict[str, str]:
         env = Desk.settings(self, self.feishu, ALLOWED_CHATS="ou_alice ou_bobby")
@@ -1268,6 +1285,8 @@ class Network:
             calls, arrived = self.reached(place)
             point = "arrived" if pieces[0] in arrived else "called" if pieces[0] in calls else "not"
             points[point] += 1
+            points["behind"] += len(pieces) - 1
+            points["at most twice"] += place.startswith("telegram")
         return points
 
     def reached(self, place: str) -> tuple[list[str], list[str]]:
@@ -1329,7 +1348,7 @@ def test_kill_at_any_moment(section, post: Post, tmp_path: Path):
                     write_jobs(post.workspace)
                     (post.workspace / "HEARTBEAT.md").unlink()
                     time.sleep(0.5)
-                    wait_until(lambda: not net.look() and inbox_is_empty(post.workspace), 60)
+                    wait_until(lambda: not +net.look() and inbox_is_empty(post.workspace), 60)
                 screen.kill()
                 assert not re.search("Traceback|Exception", screen.raw), screen.text
             if file.exists():
@@ -1348,9 +1367,11 @@ def test_kill_at_any_moment(section, post: Post, tmp_path: Path):
         "largest": largest,
         "seconds": round(time.monotonic() - began),
     }
-    print(figures, Counter(len(text["pieces"]) for text in net.enqueued.values()))
+    print(figures)
     assert unasked and len(net.enqueued) >= 3 * kills, figures
-    assert min(points[point] for point in ("not", "called", "arrived")) >= kills // 15, figures
+    if section.label == "s08":
+        assert points["called"] and points["arrived"] and (points["not"] or not SLOW), figures
+    assert twice <= points["at most twice"], figures
     assert largest < 300_000, figures
     assert [each.name for each in file.parent.iterdir()] == ["queue.jsonl"]
 
