@@ -4107,7 +4107,7 @@ class DeliveryQueue:
         delivery = self.pending.get(record.get("id", ""))
         match record:
             case {"type": "enqueue", "delivery": {"id": str(name), "pieces": list()} as fields}:
-                if self.knows(name):
+                if name in self.pending:
                     raise TypeError
                 delivery = QueuedDelivery(**fields | {"due": 0})
                 delivery.check()
@@ -4119,11 +4119,10 @@ class DeliveryQueue:
                     self.sent[delivery.id] = None
                     self.leave(delivery)
             case {"type": "retry", "tries": int(tries), "error": str(error)} if delivery:
-                if tries < 0:
-                    raise TypeError
                 wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # 0 for what is no number
                 left = min(max(0, record.get("at", 0) + wait - time.time()), wait)
-                delivery.tries, delivery.error, delivery.due = tries, error, self.now() + left
+                delivery.tries, delivery.error = max(tries, 0), error
+                delivery.due = self.now() + left
             case {"type": "failed", "tries": int(tries), "error": str(error)} if delivery:
                 delivery.tries, delivery.error = tries, error
                 self.leave(delivery)
@@ -4141,10 +4140,6 @@ class DeliveryQueue:
         self.counts[record["type"]] += 1
         if delivery:
             self.schedule(delivery.recipient)
-
-    def knows(self, name: str) -> bool:
-        """Whether a text with this id was here before."""
-        return any(name in ids for ids in (self.pending, self.failed, self.sent))
 
     def leave(self, delivery: QueuedDelivery) -> None:
         """Take a text out: nothing more will become of it."""
@@ -4200,7 +4195,7 @@ class DeliveryQueue:
     def enqueue(self, delivery: QueuedDelivery) -> None:
         """Take a text, on disk when this returns, and one of each id. Raises OSError."""
         with self.lock:
-            if self.knows(delivery.id):
+            if any(delivery.id in ids for ids in (self.pending, self.failed, self.sent)):
                 return
             fields = {name: value for name, value in vars(delivery).items() if name != "due"}
             self.change({"type": "enqueue", "delivery": fields})
@@ -4292,9 +4287,8 @@ class DeliveryRunner:
     def note_failure(self, delivery: QueuedDelivery, error: Exception) -> None:
         """Plan the next try; none for a text that can never arrive, or that had its tries."""
         told = self.channel.account.hide(str(error) or type(error).__name__)
-        is_told = isinstance(error, ChannelError)
-        wait = max(0, error.retry_after) if is_told else 0  # to be told to wait is no failed try
-        tries = delivery.tries + (not wait)
+        wait = max(0, error.retry_after) if isinstance(error, ChannelError) else 0
+        tries = delivery.tries + (not wait)  # to be told to wait is no failed try
         if getattr(error, "permanent", False) or tries >= MAX_TRIES:
             self.channel.tell(f"not sent to {delivery.peer}: {told}; see /failed")
             return self.queue.settle(delivery, "failed", tries=tries, error=told)
@@ -4318,8 +4312,7 @@ def cut_piece(text: str, limit: int) -> tuple[str, str]:
     if size == len(text) or not fence or (start == 0 and len(fence) >= limit // 4):
         return text[:size], text[size:]
     mark = FENCE.match(fence)[1]
-    if start <= size // 2:
-        size = cut_before(text, limit - len(mark) - 1, begun)
+    size = cut_before(text, limit - len(mark) - 1, begun)
     if start > size // 2 or (start and size <= begun):  # it may fit into the next piece
         return text[:start], text[start:]
     head, end = text[:size], FENCE.match(text, size)
@@ -4329,10 +4322,7 @@ def cut_piece(text: str, limit: int) -> tuple[str, str]:
 
 
 def cut_before(text: str, limit: int, least: int = 0) -> int:
-    """Where to cut a text so that at most `limit` UTF-16 units stand before: its length if none.
-
-    It is behind `least` if there is room.
-    """
+    """Where to cut: at most `limit` UTF-16 units stand before, more than `least` characters."""
     size = len(text[:limit].encode("utf-16-le")[: 2 * limit].decode("utf-16-le", "ignore"))
     if size == len(text):
         return size
@@ -4358,9 +4348,7 @@ def joined(text: str, at: int) -> bool:
 def open_fence(text: str, at: int) -> tuple[str, int]:
     """The line that began the code block around a place, and where; "" if there is none."""
     line, start = "", 0
-    for match in FENCE.finditer(text):
-        if match.start() >= at:
-            break
+    for match in FENCE.finditer(text[: at - 1] + text[at - 1 :].partition("\n")[0]):
         if not line:
             line, start = match[0].rstrip("\n"), match.start()
         elif is_end(match, FENCE.match(line)[1]):
