@@ -1550,6 +1550,7 @@ class FeishuChannel(Channel):
     name = "feishu"
     setting = "APP_ID"
     library = "httpx"
+    quiet_until = 0.0
 
     def start(self) -> None:
         import httpx
@@ -1569,6 +1570,9 @@ class FeishuChannel(Channel):
 
     def call(self, method: str, path: str, **request: object) -> dict:
         """One call of the API; a token that is refused is renewed once. Raises ChannelError."""
+        left = self.quiet_until - time.monotonic()
+        if left > 0:  # the limit is the app's, not one recipient's
+            raise ChannelError("Feishu's rate limit", retry_after=left)
         for last in (False, True):
             sender = {} if path == FEISHU_TOKEN else {"Authorization": f"Bearer {self.tenant()}"}
             try:
@@ -1584,6 +1588,8 @@ class FeishuChannel(Channel):
             self.renewal = 0
         limited = reply.status_code == 429 or code in FEISHU_RATE_CODES
         wait = reply.headers.get("x-ogw-ratelimit-reset", "") if limited else ""
+        if wait.isdecimal():
+            self.quiet_until = time.monotonic() + float(wait)
         raise ChannelError(
             f"{code} {data.get('msg')}",
             permanent=code in FEISHU_NEVER,
@@ -4121,9 +4127,8 @@ class DeliveryQueue:
                     raise TypeError
                 delivery = QueuedDelivery(**fields | {"due": 0})
                 delivery.check()
-                if name not in self.pending:
-                    self.pending[name] = delivery
-                    self.lines.setdefault(delivery.recipient, deque()).append(delivery)
+                self.pending[name] = delivery
+                self.lines.setdefault(delivery.recipient, deque()).append(delivery)
             case {"type": "ack"} if delivery:
                 delivery.sent, delivery.tries, delivery.error = delivery.sent + 1, 0, ""
                 if delivery.sent == len(delivery.pieces):
