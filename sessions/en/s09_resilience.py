@@ -1553,6 +1553,7 @@ class FeishuChannel(Channel):
     name = "feishu"
     setting = "APP_ID"
     library = "httpx"
+    quiet_until = 0.0
 
     def start(self) -> None:
         import httpx
@@ -1572,6 +1573,9 @@ class FeishuChannel(Channel):
 
     def call(self, method: str, path: str, **request: object) -> dict:
         """One call of the API; a token that is refused is renewed once. Raises ChannelError."""
+        left = self.quiet_until - time.monotonic()
+        if left > 0:  # the limit is the app's, not one recipient's
+            raise ChannelError("Feishu's rate limit", retry_after=left)
         for last in (False, True):
             sender = {} if path == FEISHU_TOKEN else {"Authorization": f"Bearer {self.tenant()}"}
             try:
@@ -1587,6 +1591,8 @@ class FeishuChannel(Channel):
             self.renewal = 0
         limited = reply.status_code == 429 or code in FEISHU_RATE_CODES
         wait = reply.headers.get("x-ogw-ratelimit-reset", "") if limited else ""
+        if wait.isdecimal():
+            self.quiet_until = time.monotonic() + float(wait)
         raise ChannelError(
             f"{code} {data.get('msg')}",
             permanent=code in FEISHU_NEVER,
@@ -2030,7 +2036,7 @@ class App:
         channel = self.channels.find(message)
         channel.tell(f"to {message.sender or message.peer}: {text}")
         place = (message.channel, message.account, message.peer)
-        pieces = chunk_message(text, channel.limit)
+        pieces = chunk_message(plain(text), channel.limit)
         self.delivery.enqueue(QueuedDelivery(message.ids[0], *place, pieces))
 
     def note_owner(self, message: InboundMessage) -> None:
@@ -4052,10 +4058,11 @@ def show_lanes(agent: Agent, rest: str) -> str:
 SEND_BACKOFF = (5, 25, 120, 600)  # seconds between the tries, as in OpenClaw 2026.3
 JITTER = 0.2  # of them: what failed together is not tried together
 MAX_TRIES = 5
+LONGEST_WAIT = 86400  # seconds; to try once a day does no harm
 SENDERS = 4  # threads of a channel: so many recipients may be slow at a time
 MAX_FAILED = 1000  # texts that are kept; the oldest makes room
 MAX_SENT = 1000  # ids of texts that are gone
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\n]*)\n?", re.MULTILINE)
+FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})([^\n]*)\n?", re.MULTILINE)
 
 
 @dataclass
@@ -4082,7 +4089,7 @@ class QueuedDelivery:
         is_right = all(isinstance(text, str) for text in texts)
         if not is_right or not all(isinstance(number, int) for number in numbers):
             raise TypeError
-        if not 0 <= self.sent < len(self.pieces):
+        if not 0 <= self.sent < len(self.pieces) or self.tries < 0:
             raise TypeError
 
     def __str__(self) -> str:
@@ -4110,6 +4117,8 @@ class DeliveryQueue:
         self.numbers, self.closed, self.failure_rate = count(), False, 0.0
         self.journal = Journal(path)
         self.counts = dict.fromkeys(("enqueue", "ack", "retry", "failed", "again", "sent"), 0)
+        for half in path.parent.glob(".*.tmp"):  # a crash came while the file was compacted
+            half.unlink()
         restore(self.journal, self.apply)
         self.counts = dict.fromkeys(self.counts, 0)
         self.compact()
@@ -4119,20 +4128,22 @@ class DeliveryQueue:
         delivery = self.pending.get(record.get("id", ""))
         match record:
             case {"type": "enqueue", "delivery": {"id": str(name), "pieces": list()} as fields}:
-                delivery = QueuedDelivery(**fields)
+                if name in self.pending:
+                    raise TypeError
+                delivery = QueuedDelivery(**fields | {"due": 0})
                 delivery.check()
-                if name not in self.pending:
-                    self.pending[name] = delivery
-                    self.lines.setdefault(delivery.recipient, deque()).append(delivery)
+                self.pending[name] = delivery
+                self.lines.setdefault(delivery.recipient, deque()).append(delivery)
             case {"type": "ack"} if delivery:
                 delivery.sent, delivery.tries, delivery.error = delivery.sent + 1, 0, ""
                 if delivery.sent == len(delivery.pieces):
                     self.sent[delivery.id] = None
                     self.leave(delivery)
             case {"type": "retry", "tries": int(tries), "error": str(error)} if delivery:
-                wait = record.get("wait", 0)
-                left = min(max(record.get("at", 0) + wait - time.time(), 0), wait)
-                delivery.tries, delivery.error, delivery.due = tries, error, self.now() + left
+                wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # 0 for what is no number
+                left = min(max(0, record.get("at", 0) + wait - time.time()), wait)
+                delivery.tries, delivery.error = max(tries, 0), error
+                delivery.due = self.now() + left
             case {"type": "failed", "tries": int(tries), "error": str(error)} if delivery:
                 delivery.tries, delivery.error = tries, error
                 self.leave(delivery)
@@ -4301,8 +4312,8 @@ class DeliveryRunner:
     def note_failure(self, delivery: QueuedDelivery, error: Exception) -> None:
         """Plan the next try; none for a text that can never arrive, or that had its tries."""
         told = self.channel.account.hide(str(error) or type(error).__name__)
-        wait = getattr(error, "retry_after", 0)  # to be told to wait is no failed try
-        tries = delivery.tries + (not wait)
+        wait = max(0, error.retry_after) if isinstance(error, ChannelError) else 0
+        tries = delivery.tries + (not wait)  # to be told to wait is no failed try
         if getattr(error, "permanent", False) or tries >= MAX_TRIES:
             self.channel.tell(f"not sent to {delivery.peer}: {told}; see /failed")
             return self.queue.settle(delivery, "failed", tries=tries, error=told)
@@ -4320,37 +4331,36 @@ def cut_piece(text: str, limit: int) -> tuple[str, str]:
     It ends between paragraphs, lines or words. A code block that is cut is closed in the one and
     opened again in the other.
     """
-    head = text[: cut_before(text, limit)]
-    fence, start = open_fence(head)
-    if head == text or not fence:
-        return head, text[len(head) :]
-    if start > len(head) // 2:  # the block as a whole may fit into the next piece
-        return head[:start], text[start:]
+    size = cut_before(text, limit)
+    fence, start = open_fence(text, size)
+    begun = start + len(fence) + 1
+    if size == len(text) or not fence or (start == 0 and len(fence) >= limit // 4):
+        return text[:size], text[size:]
     mark = FENCE.match(fence)[1]
-    if len(fence) < limit // 4:
-        head = text[: cut_before(text, limit - len(mark) - 1)]
-    end = FENCE.match(text, len(head))
-    if end and is_end(end, mark):
-        return head + end[0].rstrip("\n"), text[end.end() :]
-    if len(fence) >= limit // 4 or not open_fence(head)[0]:
-        return head, text[len(head) :]
-    return head + "\n" * (head[-1] != "\n") + mark, f"{fence}\n{text[len(head) :]}"
+    size = cut_before(text, limit - len(mark) - 1, begun)
+    if start > size // 2 or (start and size <= begun):  # it may fit into the next piece
+        return text[:start], text[start:]
+    head, end = text[:size], FENCE.match(text, size)
+    if end and is_end(end, mark) and len(end[0]) <= len(mark) + 1:
+        return head + end[0], text[end.end() :]
+    return head + "\n" * (head[-1] != "\n") + mark, f"{fence}\n{text[size:]}"
 
 
-def cut_before(text: str, limit: int) -> int:
-    """Where to cut a text so that at most `limit` UTF-16 units stand before: its length if none."""
+def cut_before(text: str, limit: int, least: int = 0) -> int:
+    """Where to cut: at most `limit` UTF-16 units stand before, more than `least` characters."""
     size = len(text[:limit].encode("utf-16-le")[: 2 * limit].decode("utf-16-le", "ignore"))
     if size == len(text):
         return size
     ends = (text.rfind(mark, 0, size) + len(mark) for mark in ("\n\n", "\n", " "))
-    size = next((end for end in ends if end > size // 2), size)
-    return next((end for end in range(size, max(size - 50, 0), -1) if not joined(text, end)), size)
+    size = next((end for end in ends if end > max(size // 2, least)), size)
+    places = range(size, max(size - 50, least), -1)
+    return next((end for end in places if not joined(text, end)), size)
 
 
 def joined(text: str, at: int) -> bool:
     """Whether the characters before and after a place are seen as one: accents, emoji, flags."""
     before, after = text[at - 1], text[at]
-    letters = re.search("[\U0001f1e6-\U0001f1ff]*$", text[max(at - 50, 0) : at])[0]
+    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]
     return (
         "\u200d" in (before, after)
         or unicodedata.category(after).startswith("M")
@@ -4360,10 +4370,10 @@ def joined(text: str, at: int) -> bool:
     )
 
 
-def open_fence(text: str) -> tuple[str, int]:
-    """The line that began the code block in which a text ends, and where; "" if there is none."""
+def open_fence(text: str, at: int) -> tuple[str, int]:
+    """The line that began the code block around a place, and where; "" if there is none."""
     line, start = "", 0
-    for match in re.finditer(rf"^{FENCE.pattern}", text, re.MULTILINE):
+    for match in FENCE.finditer(text[: at - 1] + text[at - 1 :].partition("\n")[0]):
         if not line:
             line, start = match[0].rstrip("\n"), match.start()
         elif is_end(match, FENCE.match(line)[1]):
