@@ -4065,7 +4065,8 @@ SEND_BACKOFF = (5, 25, 120, 600)  # seconds between the tries, as in OpenClaw 20
 JITTER = 0.2  # of them: what failed together is not tried together
 MAX_TRIES = 5
 LONGEST_WAIT = 86400  # seconds; to try once a day does no harm
-SENDERS = 4  # threads of a channel: so many recipients may be slow at a time
+SENDERS = 4  # threads of a channel: so many recipients may hang at a time
+HANGS = 1  # seconds after which a send holds up the next one no more
 MAX_FAILED = 1000  # texts that are kept; the oldest makes room
 MAX_SENT = 1000  # ids of texts that are gone
 FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})([^\n]*)\n?", re.MULTILINE)
@@ -4118,7 +4119,7 @@ class DeliveryQueue:
         self.sent: dict[str, None] = {}
         self.lines: dict[tuple, deque[QueuedDelivery]] = {}  # by recipient
         self.outlets: dict[tuple, tuple[list, threading.Condition]] = {}  # by channel
-        self.busy: set[tuple] = set()
+        self.busy: dict[tuple, float] = {}  # since when something is on its way to a recipient
         self.owed: list[dict] = []
         self.numbers, self.closed, self.failure_rate = count(), False, 0.0
         self.journal = Journal(path)
@@ -4242,17 +4243,22 @@ class DeliveryQueue:
         self.tidy()
 
     def take(self, channel: tuple) -> QueuedDelivery | None:
-        """Wait for the next text that is due on a channel; None when the program ends."""
+        """Wait for the next text that is due on a channel; None when the program ends.
+
+        One is sent after the other, as long as none hangs: a crash repeats what is on its way.
+        """
         with self.lock:
             heap, due = self.outlet(channel)
             while not self.closed:
-                while heap and heap[0][0] <= self.now():
+                now = self.now()
+                turn = max(self.busy.values(), default=now - HANGS) + HANGS
+                while turn <= now and heap and heap[0][0] <= now:
                     recipient = heapq.heappop(heap)[2]
                     line = self.lines.get(recipient)
-                    if line and recipient not in self.busy and line[0].due <= self.now():
-                        self.busy.add(recipient)
+                    if line and recipient not in self.busy and line[0].due <= now:
+                        self.busy[recipient] = now
                         return line[0]
-                due.wait(max(heap[0][0] - self.now(), 0) if heap else None)
+                due.wait(max(heap[0][0] - now, turn - now, 0) if heap else None)
         return None
 
     def settle(self, delivery: QueuedDelivery, kind: str, **about: object) -> None:
@@ -4262,9 +4268,11 @@ class DeliveryQueue:
         """
         with self.lock:
             record = {"type": kind, "id": delivery.id, **about}
-            self.busy.discard(delivery.recipient)
+            self.busy.pop(delivery.recipient, None)
             self.apply(record)
             self.settled.notify_all()
+            for _, due in self.outlets.values():
+                due.notify()
             self.write(record, durable=False)
             self.tidy()
 
