@@ -647,6 +647,8 @@ def test_many_queue_while_the_file_is_compacted(bench: Bench):
 class Line(Outlet):
     """A channel with its own threads, on which some recipients hang until they are let go."""
 
+    is_keyed = False
+
     def __init__(self, bench: Bench, channel: tuple, queue: object):
         super().__init__(bench, channel)
         self.hung: dict[str, threading.Event] = {}
@@ -1372,7 +1374,7 @@ def test_kill_at_any_moment(section, post: Post, tmp_path: Path):
     if section.label == "s08":
         assert points["called"] and points["arrived"] and (points["not"] or not SLOW), figures
     assert twice <= kills, figures
-    assert largest < 300_000, figures
+    assert largest < 300_000 + 1_000 * points["behind"] / kills, figures  # of what still waits
     assert [each.name for each in file.parent.iterdir()] == ["queue.jsonl"]
 
 
