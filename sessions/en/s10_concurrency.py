@@ -1223,6 +1223,7 @@ class Channel:
     setting = ""  # an account is there when it has this one
     library = ""  # imported before the threads run
     limit = 4000  # UTF-16 units in a text
+    is_keyed = False  # whether a text that is sent again with its key does not come twice
 
     def __init__(self, app: "App", account: ChannelAccount) -> None:
         self.app, self.account = app, account
@@ -1560,6 +1561,7 @@ class FeishuChannel(Channel):
     name = "feishu"
     setting = "APP_ID"
     library = "httpx"
+    is_keyed = True
     quiet_until = 0.0
 
     def start(self) -> None:
@@ -2336,6 +2338,7 @@ class GatewayServer(Channel):
     """The web chat page and JSON-RPC 2.0 over WebSocket, on loopback, for those with the token."""
 
     name = "web"
+    is_keyed = True
 
     def __init__(self, app: "App") -> None:
         super().__init__(app, ChannelAccount(self.name))
@@ -4242,21 +4245,22 @@ class DeliveryQueue:
         self.apply(record)
         self.tidy()
 
-    def take(self, channel: tuple) -> QueuedDelivery | None:
+    def take(self, channel: tuple, is_keyed: bool = False) -> QueuedDelivery | None:
         """Wait for the next text that is due on a channel; None when the program ends.
 
-        One is sent after the other, as long as none hangs: a crash repeats what is on its way.
+        A crash repeats what is on its way: so where that would come twice, a text waits for the
+        one before it, on whatever channel, unless that hangs.
         """
         with self.lock:
             heap, due = self.outlet(channel)
             while not self.closed:
                 now = self.now()
-                turn = max(self.busy.values(), default=now - HANGS) + HANGS
+                turn = 0 if is_keyed else max(self.busy.values(), default=-HANGS) + HANGS
                 while turn <= now and heap and heap[0][0] <= now:
                     recipient = heapq.heappop(heap)[2]
                     line = self.lines.get(recipient)
                     if line and recipient not in self.busy and line[0].due <= now:
-                        self.busy[recipient] = now
+                        self.busy[recipient] = -HANGS if is_keyed else now
                         return line[0]
                 due.wait(max(heap[0][0] - now, turn - now, 0) if heap else None)
         return None
@@ -4304,8 +4308,8 @@ class DeliveryRunner:
 
     def work(self) -> None:
         """Send what is due, one piece after the other; the outermost loop of a thread."""
-        account = self.channel.account
-        while delivery := self.queue.take((account.channel, account.id)):
+        account, is_keyed = self.channel.account, self.channel.is_keyed
+        while delivery := self.queue.take((account.channel, account.id), is_keyed):
             try:
                 self.attempt(delivery)
             except Exception as error:  # as of a full disk
