@@ -4439,10 +4439,14 @@ REASONS_BY_CODE = {
     "insufficient_quota": FailoverReason.BILLING,
     "billing_hard_limit_reached": FailoverReason.BILLING,
     "billing_not_active": FailoverReason.BILLING,
+    "exceeded_current_quota_error": FailoverReason.BILLING,  # Moonshot
+    "Arrearage": FailoverReason.BILLING,  # DashScope
     "rate_limit_exceeded": FailoverReason.RATE_LIMIT,
+    "rate_limit_error": FailoverReason.RATE_LIMIT,
     "invalid_api_key": FailoverReason.AUTH,
     "model_not_found": FailoverReason.MODEL_NOT_FOUND,
     "model_decommissioned": FailoverReason.MODEL_NOT_FOUND,
+    "invalid_model": FailoverReason.MODEL_NOT_FOUND,
     "overloaded_error": FailoverReason.OVERLOADED,
     "server_error": FailoverReason.OVERLOADED,
 }
@@ -4454,6 +4458,7 @@ REASONS_BY_STATUS = {
     408: FailoverReason.TIMEOUT,
     409: FailoverReason.OVERLOADED,
     429: FailoverReason.RATE_LIMIT,
+    498: FailoverReason.OVERLOADED,  # Groq
     504: FailoverReason.TIMEOUT,
 }
 SIMULATED = {
@@ -4482,14 +4487,18 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return None  # of the disk: no other server can help
     if type(error) is openai.OpenAIError and error.__cause__:
         return classify_failure(error.__cause__)
+    if isinstance(error, openai.OpenAIError) and is_overflow(error):
+        return FailoverReason.OVERFLOW  # as the guard sees it
     status, code = getattr(error, "status_code", None), str(getattr(error, "code", None) or "")
     if status is None and code.isdecimal():  # in mid-stream there is no other status
         status = int(code)
     for name in (code, str(getattr(error, "type", None) or "")):
         if name in REASONS_BY_CODE:
             return REASONS_BY_CODE[name]
-    if isinstance(error, openai.OpenAIError) and is_overflow(error):
-        return FailoverReason.OVERFLOW
+    if "'reason': 'API_KEY_INVALID'" in str(getattr(error, "body", "")):  # Gemini's is a 400
+        return FailoverReason.AUTH
+    if status == 403 and "'flagged_input': " in str(error.body):  # OpenRouter's moderation
+        return FailoverReason.FORMAT
     if status == 402 and retry_after(error):  # OpenRouter's budget for what runs at one time
         return FailoverReason.RATE_LIMIT
     if status in REASONS_BY_STATUS:
@@ -4498,6 +4507,8 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return FailoverReason.OVERLOADED if status >= 500 else FailoverReason.FORMAT
     if str(error).startswith("the answer broke off"):  # call_model's own words
         return FailoverReason.TIMEOUT
+    if str(error).startswith(NOTES["content_filter"]):
+        return FailoverReason.FORMAT
     is_network = type(error).__module__.split(".")[0] in (
         "httpx",
         "httpx2",
