@@ -4522,13 +4522,15 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
 
 def retry_after(error: BaseException) -> float:
     """The seconds that a server wants to be left alone, 0 if it does not say."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
+    failed = error if hasattr(error, "response") else error.__cause__  # it may be a summary's
+    headers = getattr(getattr(failed, "response", None), "headers", {})
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = headers.get(name, "")
         if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
             return min(float(text) / unit, 24 * 3600)
-        with suppress(TypeError, ValueError):
-            return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
+        with suppress(ArithmeticError, TypeError, ValueError):
+            wait = parsedate_to_datetime(text).timestamp() - time.time()
+            return min(max(wait, 0), 24 * 3600)
     return 0
 
 
