@@ -4581,7 +4581,9 @@ class ProfileManager:
             client = agent.client.with_options(api_key=key or "none")  # no server gets another's
             if url:
                 client = client.with_options(base_url=url)
-            if not re.fullmatch("[!-~]*", key) or client.base_url.scheme not in ("http", "https"):
+            server = client.base_url
+            good = server.scheme in ("http", "https") and server.host
+            if not good or not re.fullmatch("[!-~]*", key):
                 raise ValueError("the key or the URL is none")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
