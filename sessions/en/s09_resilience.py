@@ -4592,13 +4592,12 @@ class ProfileManager:
     def order(self) -> list[AuthProfile]:
         """Those that need not rest, then the others, as their rest ends: better than no answer.
 
-        Not those that a server told to wait, unless there is no other, and it is not for long.
+        Not those that a server told to wait.
         """
         now = self.now()
         rested = [each for each in self.profiles if each.until <= now]
         resting = sorted((p for p in self.profiles if p.until > now), key=lambda each: each.until)
-        order = rested + [each for each in resting if not each.is_told]
-        return order or [each for each in resting[:1] if self.wait(each) <= PATIENCE]
+        return rested + [each for each in resting if not each.is_told]
 
     def wait(self, profile: AuthProfile) -> float:
         """The seconds that a server wants a profile to rest still."""
@@ -4680,17 +4679,19 @@ class ResilienceRunner:
         raise NoProfileLeft(f"no profile could answer: {told}") from failure
 
     def plan(self) -> Iterator[AuthProfile]:
-        """The profiles to try: each that is ready, then once more what may pass in the meantime."""
-        began, order = self.profiles.now(), self.profiles.order()
-        self.sleep(max(map(self.profiles.wait, order), default=0))
-        yield from order
+        """The profiles to try: each that is ready, then twice what may pass in the meantime."""
+        began, patience = self.profiles.now(), PATIENCE
+        yield from self.profiles.order()
         for least in RETRIES:
-            order = [p for p in order if p.reason in PASSING and self.profiles.wait(p) <= PATIENCE]
-            if not order or self.profiles.now() - began > MAX_TRYING:
+            passing = [p for p in self.profiles.profiles if p.reason in PASSING]
+            waits = [(self.profiles.wait(each), each) for each in passing]
+            soon = min((wait for wait, _ in waits), default=PATIENCE + 1)
+            if soon > patience or self.profiles.now() - began > MAX_TRYING:
                 return
-            waits = [self.profiles.wait(each) for each in order]
-            self.sleep(max(least * random.uniform(1, 1 + JITTER), min(waits)))
-            yield order[waits.index(min(waits))]
+            patience -= soon
+            pause = max(least * random.uniform(1, 1 + JITTER), soon)
+            self.sleep(pause)
+            yield from (each for wait, each in waits if wait <= pause)
 
     def attempt(self, agent: Agent, profile: AuthProfile) -> tuple[dict, str]:
         """One call, with the overflow recovery of the guard, by one profile."""
