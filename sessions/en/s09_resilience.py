@@ -4657,7 +4657,7 @@ class ResilienceRunner:
 
         What a turn has done so far stands in the history, so that no tool runs twice.
         """
-        failure, last = None, None
+        failure, last, refused = None, None, False
         for profile in islice(self.plan(), MAX_ATTEMPTS):
             if last:
                 then = "again" if profile is last else f"profile {profile.name}"
@@ -4670,13 +4670,15 @@ class ResilienceRunner:
                 if reason is None:
                     raise
                 self.profiles.fail(profile, reason, error)
+                refused |= reason in OF_THE_REQUEST
             else:
                 self.profiles.succeed(profile)
                 return reply
         if len(self.profiles.profiles) == 1 and failure:
             raise failure
         told = self.profiles.list(self.profiles.profiles)
-        raise NoProfileLeft(f"no profile could answer: {told}") from failure
+        kind = openai.OpenAIError if refused else NoProfileLeft  # it would be refused again
+        raise kind(f"no profile could answer: {told}") from failure
 
     def plan(self) -> Iterator[AuthProfile]:
         """The profiles to try: each that is ready, then twice what may pass in the meantime."""
@@ -4760,7 +4762,7 @@ def show_cooldowns(agent: Agent, rest: str) -> str:
 
 @command("/fallback", "what the next call tries, in this order")
 def show_fallback(agent: Agent, rest: str) -> str:
-    return "\n".join(str(each) for each in agent.app.profiles.order())
+    return "\n".join(map(str, agent.app.profiles.order())) or "nothing: see /cooldowns"
 
 
 # --- main ---
