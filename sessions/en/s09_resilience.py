@@ -4509,12 +4509,7 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return FailoverReason.TIMEOUT
     if str(error).startswith(NOTES["content_filter"]):
         return FailoverReason.FORMAT
-    is_network = type(error).__module__.split(".")[0] in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-    )
+    is_network = type(error).__module__.startswith(("httpx", "httpcore"))  # httpx2, too
     if is_network or isinstance(error, openai.APIConnectionError | ConnectionError | TimeoutError):
         return FailoverReason.TIMEOUT
     return FailoverReason.UNKNOWN
@@ -4581,19 +4576,16 @@ class ProfileManager:
             client = agent.client.with_options(api_key=key or "none")  # no server gets another's
             if url:
                 client = client.with_options(base_url=url)
-            server = client.base_url
-            good = server.scheme in ("http", "https") and server.host
-            if not good or not re.fullmatch("[!-~]*", key):
+            if not re.match("https?://[^/]", f"{client.base_url}") or not re.fullmatch(
+                "[!-~]*", key
+            ):
                 raise ValueError("the key or the URL is none")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
         return AuthProfile(name, name, client, settings)
 
     def order(self) -> list[AuthProfile]:
-        """Those that need not rest, then the others, as their rest ends: better than no answer.
-
-        Not those that a server told to wait.
-        """
+        """Those that need not rest, then those that a server did not tell to, as it ends."""
         now = self.now()
         rested = [each for each in self.profiles if each.until <= now]
         resting = sorted((p for p in self.profiles if p.until > now), key=lambda each: each.until)
