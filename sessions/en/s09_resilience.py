@@ -4576,9 +4576,7 @@ class ProfileManager:
             client = agent.client.with_options(api_key=key or "none")  # no server gets another's
             if url:
                 client = client.with_options(base_url=url)
-            if not re.match("https?://[^/]", f"{client.base_url}") or not re.fullmatch(
-                "[!-~]*", key
-            ):
+            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
                 raise ValueError("the key or the URL is none")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
