@@ -462,3 +462,221 @@ ERRORS = {
         ),
     ),
 }
+
+# More error answers of real servers; here the kind is the reason as s09 names it. What only loose
+# words tell apart (Anthropic's empty account is a 400) is what its status says.
+PROVIDERS = {
+    "openai_no_access": Failure(
+        "model_not_found",
+        403,
+        error("Project `p` does not have access to model `m`", "model_not_found", INVALID),
+    ),
+    "openai_tokens_per_min": Failure(
+        "rate_limit",
+        429,
+        error(
+            "Request too large for gpt-4 in organization o on tokens per min (TPM): Limit 10000,"
+            " Requested 12401. The input or output tokens must be reduced in order to run.",
+            "rate_limit_exceeded",
+            "tokens",
+        ),
+    ),
+    "openai_not_active": Failure(
+        "billing", 429, error("Your account is not active", "billing_not_active", INVALID)
+    ),
+    "openrouter_402": Failure(
+        "billing",
+        402,
+        bare(
+            "This request requires more credits, or fewer max_tokens. You requested up to 65536"
+            " tokens, but can only afford 4290.",
+            code=402,
+            metadata={"provider_name": None},
+        ),
+    ),
+    "openrouter_402_budget": Failure(
+        "rate_limit",
+        402,
+        bare("In flight", code=402, metadata={"limit_source": "openrouter_in_flight_budget"}),
+        {"Retry-After": "3"},
+    ),
+    "openrouter_403_flagged": Failure(
+        "format",
+        403,
+        bare(
+            "The model requires moderation and your input was flagged",
+            code=403,
+            metadata={"reasons": ["violence"], "flagged_input": "how to...", "provider_name": "x"},
+        ),
+    ),
+    "openrouter_403_limit": Failure(
+        "auth", 403, bare("Key limit exceeded (total limit).", code=403)
+    ),
+    "openrouter_403_raw": Failure(
+        "auth", 403, bare("Provider returned error", code=403, metadata={"raw": "Forbidden"})
+    ),
+    "openrouter_404": Failure(
+        "model_not_found", 404, bare("No endpoints found that support tool use.", code=404)
+    ),
+    "openrouter_429": Failure(
+        "rate_limit",
+        429,
+        bare(
+            "Provider returned error",
+            code=429,
+            metadata={"raw": "m is temporarily rate-limited upstream", "provider_name": "Chutes"},
+        ),
+    ),
+    "openrouter_502": Failure("overloaded", 502, bare("Provider returned error", code=502)),
+    "openrouter_524": Failure("overloaded", 524, "<html>A timeout occurred</html>"),
+    "gemini_key": Failure(
+        "auth",
+        400,
+        [
+            bare(
+                "API key not valid. Please pass a valid API key.",
+                code=400,
+                status="INVALID_ARGUMENT",
+                details=[
+                    {
+                        "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                        "reason": "API_KEY_INVALID",
+                        "domain": "googleapis.com",
+                    }
+                ],
+            )
+        ],
+    ),
+    "gemini_key_object": Failure(
+        "auth",
+        400,
+        bare(
+            "API key not valid. Please pass a valid API key.",
+            code=400,
+            status="INVALID_ARGUMENT",
+            details=[{"reason": "API_KEY_INVALID", "domain": "googleapis.com"}],
+        ),
+    ),
+    "gemini_quota": Failure(
+        "rate_limit",
+        429,
+        [bare("You exceeded your current quota", code=429, status="RESOURCE_EXHAUSTED")],
+    ),
+    "gemini_503": Failure(
+        "overloaded", 503, [bare("The model is overloaded.", code=503, status="UNAVAILABLE")]
+    ),
+    "gemini_400": Failure(
+        "format", 400, [bare("Unknown name 'x'", code=400, status="INVALID_ARGUMENT")]
+    ),
+    "groq_decommissioned": Failure(
+        "model_not_found",
+        400,
+        bare(
+            "The model `m` has been decommissioned and is no longer supported.",
+            type=INVALID,
+            code="model_decommissioned",
+        ),
+    ),
+    "groq_413": Failure(
+        "overflow",
+        413,
+        bare(
+            "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested"
+            " 8012, please reduce your message size and try again.",
+            type="tokens",
+            code="rate_limit_exceeded",
+        ),
+    ),
+    "groq_498": Failure("overloaded", 498, bare("Flex tier capacity exceeded")),
+    "groq_tool": Failure(
+        "format", 400, bare("Failed to call a function.", type=INVALID, code="tool_use_failed")
+    ),
+    "deepseek_402": Failure(
+        "billing", 402, error("Insufficient Balance", INVALID, "unknown_error")
+    ),
+    "deepseek_401": Failure(
+        "auth", 401, error("Authentication Fails", INVALID, "authentication_error")
+    ),
+    "anthropic_529": Failure(
+        "overloaded", 529, {"type": "error", **bare("Overloaded", type="overloaded_error")}
+    ),
+    "anthropic_429": Failure(
+        "rate_limit", 429, {"type": "error", **bare("slow down", type="rate_limit_error")}
+    ),
+    "anthropic_credit": Failure("format", 400, bare("Your balance is too low", type=INVALID)),
+    "anthropic_long": Failure(
+        "overflow", 400, bare("prompt is too long: 210000 tokens > 200000 maximum", type=INVALID)
+    ),
+    "azure_401": Failure(
+        "auth", 401, bare("Access denied due to invalid subscription key", code="401")
+    ),
+    "azure_404": Failure(
+        "model_not_found",
+        404,
+        bare("The API deployment for this resource does not exist.", code="DeploymentNotFound"),
+    ),
+    "azure_429": Failure("rate_limit", 429, bare("retry after 7 seconds", code="RateLimitReached")),
+    "azure_filter": Failure(
+        "format",
+        400,
+        bare("The response was filtered", code="content_filter", status=400, innererror={}),
+    ),
+    "vllm_404": Failure(
+        "model_not_found",
+        404,
+        {"object": "error", "message": "The model `m` does not exist.", "code": 404},
+    ),
+    "vllm_401": Failure("auth", 401, {"error": "Unauthorized"}),
+    "vllm_tools": Failure(
+        "format",
+        400,
+        {
+            "object": "error",
+            "message": '"auto" tool choice requires --enable-auto-tool-choice',
+            "type": "BadRequestError",
+            "code": 400,
+        },
+    ),
+    "lmstudio_load": Failure("format", 400, {"error": "Model unloaded."}),
+    "lmstudio_404": Failure("model_not_found", 404, {"error": "Failed to load model m."}),
+    "llamacpp_500": Failure(
+        "overflow",
+        500,
+        bare("Context size has been exceeded.", code=500, type="server_error"),
+    ),
+    "llamacpp_503": Failure(
+        "overloaded", 503, bare("Loading model", code=503, type="unavailable_error")
+    ),
+    "llamacpp_401": Failure(
+        "auth", 401, bare("Invalid API Key", code=401, type="authentication_error")
+    ),
+    "ollama_404": Failure(
+        "model_not_found", 404, bare('model "m" not found, try pulling it first', type="api_error")
+    ),
+    "moonshot_quota": Failure(
+        "billing", 429, bare("check your plan", type="exceeded_current_quota_error")
+    ),
+    "dashscope_arrearage": Failure(
+        "billing", 400, error("Access denied, make sure your account is paid", "Arrearage", "x")
+    ),
+    "mistral_model": Failure(
+        "model_not_found",
+        400,
+        {"object": "error", "message": "Invalid model: m", "type": "invalid_model", "code": "1500"},
+    ),
+    "mistral_422": Failure(
+        "format", 422, {"object": "error", "message": {"detail": [{"msg": "Field required"}]}}
+    ),
+    "generate": Failure("format", 400, bare("cannot generate with this temperature")),
+    "keyword": Failure("format", 400, bare("unexpected keyword 'x': KeyError, key 'messages'")),
+    "tokens": Failure("format", 400, bare("unknown token; token ids must be whole numbers")),
+    "digits": Failure("overloaded", 500, bare("id 4294010402 took 429 ms, 401 steps, 402 kB")),
+    "words_500": Failure("overloaded", 500, bare("rate limit: quota, invalid api key, billing")),
+    "words_400": Failure("format", 400, bare("rate limit: 429, 401, overloaded, billing, timeout")),
+    "number": Failure("overloaded", 500, 5),
+    "null": Failure("overloaded", 500, None),
+    "empty_401": Failure("auth", 401, ""),
+    "odd_error": Failure("rate_limit", 429, {"error": [1, {"code": ["x"]}], "metadata": 3}),
+    "odd_code": Failure("format", 400, bare("odd", code=["x"], type={"a": 1}, metadata=["x"])),
+    "odd_403": Failure("auth", 403, bare("odd", metadata="flagged_input")),
+}

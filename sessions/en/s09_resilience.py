@@ -4476,10 +4476,14 @@ REASONS_BY_CODE = {
     "insufficient_quota": FailoverReason.BILLING,
     "billing_hard_limit_reached": FailoverReason.BILLING,
     "billing_not_active": FailoverReason.BILLING,
+    "exceeded_current_quota_error": FailoverReason.BILLING,  # Moonshot
+    "Arrearage": FailoverReason.BILLING,  # DashScope
     "rate_limit_exceeded": FailoverReason.RATE_LIMIT,
+    "rate_limit_error": FailoverReason.RATE_LIMIT,
     "invalid_api_key": FailoverReason.AUTH,
     "model_not_found": FailoverReason.MODEL_NOT_FOUND,
     "model_decommissioned": FailoverReason.MODEL_NOT_FOUND,
+    "invalid_model": FailoverReason.MODEL_NOT_FOUND,
     "overloaded_error": FailoverReason.OVERLOADED,
     "server_error": FailoverReason.OVERLOADED,
 }
@@ -4491,6 +4495,7 @@ REASONS_BY_STATUS = {
     408: FailoverReason.TIMEOUT,
     409: FailoverReason.OVERLOADED,
     429: FailoverReason.RATE_LIMIT,
+    498: FailoverReason.OVERLOADED,  # Groq
     504: FailoverReason.TIMEOUT,
 }
 SIMULATED = {
@@ -4519,14 +4524,18 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return None  # of the disk: no other server can help
     if type(error) is openai.OpenAIError and error.__cause__:
         return classify_failure(error.__cause__)
+    if isinstance(error, openai.OpenAIError) and is_overflow(error):
+        return FailoverReason.OVERFLOW  # as the guard sees it
     status, code = getattr(error, "status_code", None), str(getattr(error, "code", None) or "")
     if status is None and code.isdecimal():  # in mid-stream there is no other status
         status = int(code)
     for name in (code, str(getattr(error, "type", None) or "")):
         if name in REASONS_BY_CODE:
             return REASONS_BY_CODE[name]
-    if isinstance(error, openai.OpenAIError) and is_overflow(error):
-        return FailoverReason.OVERFLOW
+    if "'reason': 'API_KEY_INVALID'" in str(getattr(error, "body", "")):  # Gemini's is a 400
+        return FailoverReason.AUTH
+    if status == 403 and "'flagged_input': " in str(error.body):  # OpenRouter's moderation
+        return FailoverReason.FORMAT
     if status == 402 and retry_after(error):  # OpenRouter's budget for what runs at one time
         return FailoverReason.RATE_LIMIT
     if status in REASONS_BY_STATUS:
@@ -4535,12 +4544,9 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return FailoverReason.OVERLOADED if status >= 500 else FailoverReason.FORMAT
     if str(error).startswith("the answer broke off"):  # call_model's own words
         return FailoverReason.TIMEOUT
-    is_network = type(error).__module__.split(".")[0] in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-    )
+    if str(error).startswith(NOTES["content_filter"]):
+        return FailoverReason.FORMAT
+    is_network = type(error).__module__.startswith(("httpx", "httpcore"))  # httpx2, too
     if is_network or isinstance(error, openai.APIConnectionError | ConnectionError | TimeoutError):
         return FailoverReason.TIMEOUT
     return FailoverReason.UNKNOWN
@@ -4548,13 +4554,15 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
 
 def retry_after(error: BaseException) -> float:
     """The seconds that a server wants to be left alone, 0 if it does not say."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
+    failed = error if hasattr(error, "response") else error.__cause__  # it may be a summary's
+    headers = getattr(getattr(failed, "response", None), "headers", {})
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = headers.get(name, "")
         if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
             return min(float(text) / unit, 24 * 3600)
-        with suppress(TypeError, ValueError):
-            return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
+        with suppress(ArithmeticError, TypeError, ValueError):
+            wait = parsedate_to_datetime(text).timestamp() - time.time()
+            return min(max(wait, 0), 24 * 3600)
     return 0
 
 
@@ -4605,22 +4613,18 @@ class ProfileManager:
             client = agent.client.with_options(api_key=key or "none")  # no server gets another's
             if url:
                 client = client.with_options(base_url=url)
-            if not re.fullmatch("[!-~]*", key) or client.base_url.scheme not in ("http", "https"):
+            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
                 raise ValueError("the key or the URL is none")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
         return AuthProfile(name, name, client, settings)
 
     def order(self) -> list[AuthProfile]:
-        """Those that need not rest, then the others, as their rest ends: better than no answer.
-
-        Not those that a server told to wait, unless there is no other, and it is not for long.
-        """
+        """Those that need not rest, then those that a server did not tell to, as it ends."""
         now = self.now()
         rested = [each for each in self.profiles if each.until <= now]
         resting = sorted((p for p in self.profiles if p.until > now), key=lambda each: each.until)
-        order = rested + [each for each in resting if not each.is_told]
-        return order or [each for each in resting[:1] if self.wait(each) <= PATIENCE]
+        return rested + [each for each in resting if not each.is_told]
 
     def wait(self, profile: AuthProfile) -> float:
         """The seconds that a server wants a profile to rest still."""
@@ -4680,7 +4684,7 @@ class ResilienceRunner:
 
         What a turn has done so far stands in the history, so that no tool runs twice.
         """
-        failure, last = None, None
+        failure, last, refused = None, None, False
         for profile in islice(self.plan(), MAX_ATTEMPTS):
             if last:
                 then = "again" if profile is last else f"profile {profile.name}"
@@ -4693,26 +4697,30 @@ class ResilienceRunner:
                 if reason is None:
                     raise
                 self.profiles.fail(profile, reason, error)
+                refused |= reason in OF_THE_REQUEST
             else:
                 self.profiles.succeed(profile)
                 return reply
         if len(self.profiles.profiles) == 1 and failure:
             raise failure
         told = self.profiles.list(self.profiles.profiles)
-        raise NoProfileLeft(f"no profile could answer: {told}") from failure
+        kind = openai.OpenAIError if refused else NoProfileLeft  # it would be refused again
+        raise kind(f"no profile could answer: {told}") from failure
 
     def plan(self) -> Iterator[AuthProfile]:
-        """The profiles to try: each that is ready, then once more what may pass in the meantime."""
-        began, order = self.profiles.now(), self.profiles.order()
-        self.sleep(max(map(self.profiles.wait, order), default=0))
-        yield from order
+        """The profiles to try: each that is ready, then twice what may pass in the meantime."""
+        began, patience = self.profiles.now(), PATIENCE
+        yield from self.profiles.order()
         for least in RETRIES:
-            order = [p for p in order if p.reason in PASSING and self.profiles.wait(p) <= PATIENCE]
-            if not order or self.profiles.now() - began > MAX_TRYING:
+            passing = [p for p in self.profiles.profiles if p.reason in PASSING]
+            waits = [(self.profiles.wait(each), each) for each in passing]
+            soon = min((wait for wait, _ in waits), default=PATIENCE + 1)
+            if soon > patience or self.profiles.now() - began > MAX_TRYING:
                 return
-            waits = [self.profiles.wait(each) for each in order]
-            self.sleep(max(least * random.uniform(1, 1 + JITTER), min(waits)))
-            yield order[waits.index(min(waits))]
+            patience -= soon
+            pause = max(least * random.uniform(1, 1 + JITTER), soon)
+            self.sleep(pause)
+            yield from (each for wait, each in waits if wait <= pause)
 
     def attempt(self, agent: Agent, profile: AuthProfile) -> tuple[dict, str]:
         """One call, with the overflow recovery of the guard, by one profile."""
@@ -4781,7 +4789,7 @@ def show_cooldowns(agent: Agent, rest: str) -> str:
 
 @command("/fallback", "what the next call tries, in this order")
 def show_fallback(agent: Agent, rest: str) -> str:
-    return "\n".join(str(each) for each in agent.app.profiles.order())
+    return "\n".join(map(str, agent.app.profiles.order())) or "nothing: see /cooldowns"
 
 
 # --- main ---
