@@ -944,6 +944,8 @@ def is_overflow(error: openai.OpenAIError) -> bool:
     """Whether a server refused a request for its length; an error of key or rate never is that."""
     status, body = getattr(error, "status_code", None), getattr(error, "body", None)
     code, kind = str(getattr(error, "code", "")), getattr(error, "type", "")
+    if status is None and code.isdecimal():  # in mid-stream there is no other
+        status = int(code)
     if status not in (None, 400, 500) or "parameter" in code:
         return status == 413
     told = (error, body)
