@@ -215,7 +215,9 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         return message, finish_reason
     empty = "the answer was empty" if finish_reason else "the answer broke off"
     told = getattr(reply, "error", None) or NOTES.get(finish_reason, empty)
-    raise openai.OpenAIError(f"{told} - {agent.client.base_url}")
+    failure = openai.OpenAIError(f"{told} - {agent.client.base_url}")
+    failure.code = told.get("code") if isinstance(told, dict) else None
+    raise failure
 
 
 def agent_turn(agent: Agent) -> str:
@@ -4598,7 +4600,8 @@ class ProfileManager:
             if profile := self.read(agent, str(number)):
                 self.profiles.append(profile)
         server = agent.client.base_url
-        same = [each for each in self.profiles if each.client.base_url == server]
+        keys = [each for each in self.profiles if each.key == each.name]
+        same = [each for each in keys if each.client.base_url == server]
         for model in os.getenv("FALLBACK_MODELS", "").replace(",", " ").split():
             for each in same:
                 name, settings = f"{each.name}/{model}", each.settings | {"model": model}
@@ -4608,18 +4611,18 @@ class ProfileManager:
         """A profile of .env, such as OPENAI_API_KEY_2. Raises ValueError when it makes no sense."""
         names = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "MODEL_OPTIONS")
         key, url, model, options = (os.getenv(f"{each}_{name}", "").strip() for each in names)
-        if not key and not url:
+        if not (key or url or model):
             return None
         try:
             settings = {} | json.loads(options or "{}") | ({"model": model} if model else {})
-            client = agent.client.with_options(api_key=key or "none")  # no server gets another's
-            if url:
-                client = client.with_options(base_url=url)
+            client = agent.client
+            if key or url:  # no server gets another's key
+                client = client.with_options(api_key=key or "none", base_url=url or client.base_url)
             if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
                 raise ValueError("the key or the URL is none")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
-        return AuthProfile(name, name, client, settings)
+        return AuthProfile(name, name if key or url else "1", client, settings)
 
     def order(self) -> list[AuthProfile]:
         """Those that need not rest, then those that a server did not tell to, as it ends."""
@@ -4652,9 +4655,10 @@ class ProfileManager:
             profile.until, profile.is_told = self.now() + (told or rest), bool(told)
             for each in self.profiles if reason in OF_THE_KEY else ():
                 if each.key == profile.key:
-                    each.reason, each.error, each.until = reason, profile.error, profile.until
+                    each.reason, each.error = reason, profile.error
+                    each.until, each.is_told = profile.until, profile.is_told
 
-    def list(self, profiles: list[AuthProfile]) -> str:
+    def describe(self, profiles: list[AuthProfile]) -> str:
         """What is wrong with some profiles, and for how long, in a line."""
         rests = ((each, each.until - self.now()) for each in profiles)
         about = (
@@ -4686,11 +4690,16 @@ class ResilienceRunner:
 
         What a turn has done so far stands in the history, so that no tool runs twice.
         """
-        failure, last, refused = None, None, False
-        for profile in islice(self.plan(), MAX_ATTEMPTS):
-            if last:
+        failure, last, refused, bad_keys = None, None, False, set()
+        for profile, pause in islice(self.plan(), MAX_ATTEMPTS):
+            if profile.key in bad_keys:
+                continue
+            if last or pause:
+                told = f"profile {last.name}: {last.reason}" if last else "a server wants a pause"
                 then = "again" if profile is last else f"profile {profile.name}"
-                agent.show(f"\n[profile {last.name}: {last.reason}; trying {then}]\n")
+                later = f" in {pause:.0f} s" if pause >= 1 else ""
+                agent.show(f"\n[{told}; trying {then}{later}]\n")
+            self.sleep(pause)
             last = profile
             try:
                 reply = self.attempt(agent, profile)
@@ -4700,19 +4709,21 @@ class ResilienceRunner:
                     raise
                 self.profiles.fail(profile, reason, error)
                 refused |= reason in OF_THE_REQUEST
+                bad_keys |= {profile.key} if reason in OF_THE_KEY else set()
             else:
                 self.profiles.succeed(profile)
                 return reply
         if len(self.profiles.profiles) == 1 and failure:
             raise failure
-        told = self.profiles.list(self.profiles.profiles)
+        told = self.profiles.describe(self.profiles.profiles)
         kind = openai.OpenAIError if refused else NoProfileLeft  # it would be refused again
         raise kind(f"no profile could answer: {told}") from failure
 
-    def plan(self) -> Iterator[AuthProfile]:
-        """The profiles to try: each that is ready, then twice what may pass in the meantime."""
+    def plan(self) -> Iterator[tuple[AuthProfile, float]]:
+        """The profiles to try, each after a pause in seconds: first those that are ready, then
+        twice what may pass in the meantime."""
         began, patience = self.profiles.now(), PATIENCE
-        yield from self.profiles.order()
+        yield from ((each, 0) for each in self.profiles.order())
         for least in RETRIES:
             passing = [p for p in self.profiles.profiles if p.reason in PASSING]
             waits = [(self.profiles.wait(each), each) for each in passing]
@@ -4721,13 +4732,16 @@ class ResilienceRunner:
                 return
             patience -= soon
             pause = max(least * random.uniform(1, 1 + JITTER), soon)
-            self.sleep(pause)
-            yield from (each for wait, each in waits if wait <= pause)
+            for each in [each for wait, each in waits if wait <= pause]:
+                yield each, pause
+                pause = 0
 
     def attempt(self, agent: Agent, profile: AuthProfile) -> tuple[dict, str]:
         """One call, with the overflow recovery of the guard, by one profile."""
-        trial = copy(agent)
-        trial.client, trial.settings = profile.client, agent.settings | profile.settings
+        trial, first = copy(agent), self.profiles.profiles[0]
+        if profile.client.base_url != first.client.base_url:  # MODEL_OPTIONS are for the first one
+            trial.settings = {"model": agent.settings["model"], "stream": True}
+        trial.client, trial.settings = profile.client, trial.settings | profile.settings
         reason, self.simulated = self.simulated, None
         if not reason:
             return agent.guard.call(trial)
@@ -4785,7 +4799,7 @@ def show_profiles(agent: Agent, rest: str) -> str:
 def show_cooldowns(agent: Agent, rest: str) -> str:
     profiles = agent.app.profiles
     resting = [each for each in profiles.profiles if each.until > profiles.now()]
-    lines = [f"{profiles.list([each])} - {each.error}" for each in resting]
+    lines = [f"{profiles.describe([each])} - {each.error}" for each in resting]
     return "\n".join(lines) or "none has to rest"
 
 
