@@ -217,7 +217,9 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         return message, finish_reason
     empty = "the answer was empty" if finish_reason else "the answer broke off"
     told = getattr(reply, "error", None) or NOTES.get(finish_reason, empty)
-    raise openai.OpenAIError(f"{told} - {agent.client.base_url}")
+    failure = openai.OpenAIError(f"{told} - {agent.client.base_url}")
+    failure.code = told.get("code") if isinstance(told, dict) else None
+    raise failure
 
 
 def agent_turn(agent: Agent) -> str:
@@ -4487,10 +4489,14 @@ REASONS_BY_CODE = {
     "insufficient_quota": FailoverReason.BILLING,
     "billing_hard_limit_reached": FailoverReason.BILLING,
     "billing_not_active": FailoverReason.BILLING,
+    "exceeded_current_quota_error": FailoverReason.BILLING,  # Moonshot
+    "Arrearage": FailoverReason.BILLING,  # DashScope
     "rate_limit_exceeded": FailoverReason.RATE_LIMIT,
+    "rate_limit_error": FailoverReason.RATE_LIMIT,
     "invalid_api_key": FailoverReason.AUTH,
     "model_not_found": FailoverReason.MODEL_NOT_FOUND,
     "model_decommissioned": FailoverReason.MODEL_NOT_FOUND,
+    "invalid_model": FailoverReason.MODEL_NOT_FOUND,
     "overloaded_error": FailoverReason.OVERLOADED,
     "server_error": FailoverReason.OVERLOADED,
 }
@@ -4502,6 +4508,7 @@ REASONS_BY_STATUS = {
     408: FailoverReason.TIMEOUT,
     409: FailoverReason.OVERLOADED,
     429: FailoverReason.RATE_LIMIT,
+    498: FailoverReason.OVERLOADED,  # Groq
     504: FailoverReason.TIMEOUT,
 }
 SIMULATED = {
@@ -4530,14 +4537,18 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return None  # of the disk: no other server can help
     if type(error) is openai.OpenAIError and error.__cause__:
         return classify_failure(error.__cause__)
+    if isinstance(error, openai.OpenAIError) and is_overflow(error):
+        return FailoverReason.OVERFLOW  # as the guard sees it
     status, code = getattr(error, "status_code", None), str(getattr(error, "code", None) or "")
     if status is None and code.isdecimal():  # in mid-stream there is no other status
         status = int(code)
     for name in (code, str(getattr(error, "type", None) or "")):
         if name in REASONS_BY_CODE:
             return REASONS_BY_CODE[name]
-    if isinstance(error, openai.OpenAIError) and is_overflow(error):
-        return FailoverReason.OVERFLOW
+    if "'reason': 'API_KEY_INVALID'" in str(getattr(error, "body", "")):  # Gemini's is a 400
+        return FailoverReason.AUTH
+    if status == 403 and "'flagged_input': " in str(error.body):  # OpenRouter's moderation
+        return FailoverReason.FORMAT
     if status == 402 and retry_after(error):  # OpenRouter's budget for what runs at one time
         return FailoverReason.RATE_LIMIT
     if status in REASONS_BY_STATUS:
@@ -4546,12 +4557,9 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return FailoverReason.OVERLOADED if status >= 500 else FailoverReason.FORMAT
     if str(error).startswith("the answer broke off"):  # call_model's own words
         return FailoverReason.TIMEOUT
-    is_network = type(error).__module__.split(".")[0] in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-    )
+    if str(error).startswith(NOTES["content_filter"]):
+        return FailoverReason.FORMAT
+    is_network = type(error).__module__.startswith(("httpx", "httpcore"))  # httpx2, too
     if is_network or isinstance(error, openai.APIConnectionError | ConnectionError | TimeoutError):
         return FailoverReason.TIMEOUT
     return FailoverReason.UNKNOWN
@@ -4559,13 +4567,15 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
 
 def retry_after(error: BaseException) -> float:
     """The seconds that a server wants to be left alone, 0 if it does not say."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
+    failed = error if hasattr(error, "response") else error.__cause__  # it may be a summary's
+    headers = getattr(getattr(failed, "response", None), "headers", {})
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = headers.get(name, "")
         if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
             return min(float(text) / unit, 24 * 3600)
-        with suppress(TypeError, ValueError):
-            return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
+        with suppress(ArithmeticError, TypeError, ValueError):
+            wait = parsedate_to_datetime(text).timestamp() - time.time()
+            return min(max(wait, 0), 24 * 3600)
     return 0
 
 
@@ -4599,7 +4609,8 @@ class ProfileManager:
             if profile := self.read(agent, str(number)):
                 self.profiles.append(profile)
         server = agent.client.base_url
-        same = [each for each in self.profiles if each.client.base_url == server]
+        keys = [each for each in self.profiles if each.key == each.name]
+        same = [each for each in keys if each.client.base_url == server]
         for model in os.getenv("FALLBACK_MODELS", "").replace(",", " ").split():
             for each in same:
                 name, settings = f"{each.name}/{model}", each.settings | {"model": model}
@@ -4609,29 +4620,25 @@ class ProfileManager:
         """A profile of .env, such as OPENAI_API_KEY_2. Raises ValueError when it makes no sense."""
         names = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "MODEL_OPTIONS")
         key, url, model, options = (os.getenv(f"{each}_{name}", "").strip() for each in names)
-        if not key and not url:
+        if not (key or url or model):
             return None
         try:
             settings = {} | json.loads(options or "{}") | ({"model": model} if model else {})
-            client = agent.client.with_options(api_key=key or "none")  # no server gets another's
-            if url:
-                client = client.with_options(base_url=url)
-            if not re.fullmatch("[!-~]*", key) or client.base_url.scheme not in ("http", "https"):
+            client = agent.client
+            if key or url:  # no server gets another's key
+                client = client.with_options(api_key=key or "none", base_url=url or client.base_url)
+            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
                 raise ValueError("the key or the URL is none")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
-        return AuthProfile(name, name, client, settings)
+        return AuthProfile(name, name if key or url else "1", client, settings)
 
     def order(self) -> list[AuthProfile]:
-        """Those that need not rest, then the others, as their rest ends: better than no answer.
-
-        Not those that a server told to wait, unless there is no other, and it is not for long.
-        """
+        """Those that need not rest, then those that a server did not tell to, as it ends."""
         now = self.now()
         rested = [each for each in self.profiles if each.until <= now]
         resting = sorted((p for p in self.profiles if p.until > now), key=lambda each: each.until)
-        order = rested + [each for each in resting if not each.is_told]
-        return order or [each for each in resting[:1] if self.wait(each) <= PATIENCE]
+        return rested + [each for each in resting if not each.is_told]
 
     def wait(self, profile: AuthProfile) -> float:
         """The seconds that a server wants a profile to rest still."""
@@ -4657,9 +4664,10 @@ class ProfileManager:
             profile.until, profile.is_told = self.now() + (told or rest), bool(told)
             for each in self.profiles if reason in OF_THE_KEY else ():
                 if each.key == profile.key:
-                    each.reason, each.error, each.until = reason, profile.error, profile.until
+                    each.reason, each.error = reason, profile.error
+                    each.until, each.is_told = profile.until, profile.is_told
 
-    def list(self, profiles: list[AuthProfile]) -> str:
+    def describe(self, profiles: list[AuthProfile]) -> str:
         """What is wrong with some profiles, and for how long, in a line."""
         rests = ((each, each.until - self.now()) for each in profiles)
         about = (
@@ -4691,11 +4699,16 @@ class ResilienceRunner:
 
         What a turn has done so far stands in the history, so that no tool runs twice.
         """
-        failure, last = None, None
-        for profile in islice(self.plan(), MAX_ATTEMPTS):
-            if last:
+        failure, last, refused, bad_keys = None, None, False, set()
+        for profile, pause in islice(self.plan(), MAX_ATTEMPTS):
+            if profile.key in bad_keys:
+                continue
+            if last or pause:
+                told = f"profile {last.name}: {last.reason}" if last else "a server wants a pause"
                 then = "again" if profile is last else f"profile {profile.name}"
-                agent.show(f"\n[profile {last.name}: {last.reason}; trying {then}]\n")
+                later = f" in {pause:.0f} s" if pause >= 1 else ""
+                agent.show(f"\n[{told}; trying {then}{later}]\n")
+            self.sleep(pause)
             last = profile
             try:
                 reply = self.attempt(agent, profile)
@@ -4704,31 +4717,40 @@ class ResilienceRunner:
                 if reason is None:
                     raise
                 self.profiles.fail(profile, reason, error)
+                refused |= reason in OF_THE_REQUEST
+                bad_keys |= {profile.key} if reason in OF_THE_KEY else set()
             else:
                 self.profiles.succeed(profile)
                 return reply
         if len(self.profiles.profiles) == 1 and failure:
             raise failure
-        told = self.profiles.list(self.profiles.profiles)
-        raise NoProfileLeft(f"no profile could answer: {told}") from failure
+        told = self.profiles.describe(self.profiles.profiles)
+        kind = openai.OpenAIError if refused else NoProfileLeft  # it would be refused again
+        raise kind(f"no profile could answer: {told}") from failure
 
-    def plan(self) -> Iterator[AuthProfile]:
-        """The profiles to try: each that is ready, then once more what may pass in the meantime."""
-        began, order = self.profiles.now(), self.profiles.order()
-        self.sleep(max(map(self.profiles.wait, order), default=0))
-        yield from order
+    def plan(self) -> Iterator[tuple[AuthProfile, float]]:
+        """The profiles to try, each after a pause in seconds: first those that are ready, then
+        twice what may pass in the meantime."""
+        began, patience = self.profiles.now(), PATIENCE
+        yield from ((each, 0) for each in self.profiles.order())
         for least in RETRIES:
-            order = [p for p in order if p.reason in PASSING and self.profiles.wait(p) <= PATIENCE]
-            if not order or self.profiles.now() - began > MAX_TRYING:
+            passing = [p for p in self.profiles.profiles if p.reason in PASSING]
+            waits = [(self.profiles.wait(each), each) for each in passing]
+            soon = min((wait for wait, _ in waits), default=PATIENCE + 1)
+            if soon > patience or self.profiles.now() - began > MAX_TRYING:
                 return
-            waits = [self.profiles.wait(each) for each in order]
-            self.sleep(max(least * random.uniform(1, 1 + JITTER), min(waits)))
-            yield order[waits.index(min(waits))]
+            patience -= soon
+            pause = max(least * random.uniform(1, 1 + JITTER), soon)
+            for each in [each for wait, each in waits if wait <= pause]:
+                yield each, pause
+                pause = 0
 
     def attempt(self, agent: Agent, profile: AuthProfile) -> tuple[dict, str]:
         """One call, with the overflow recovery of the guard, by one profile."""
-        trial = copy(agent)
-        trial.client, trial.settings = profile.client, agent.settings | profile.settings
+        trial, first = copy(agent), self.profiles.profiles[0]
+        if profile.client.base_url != first.client.base_url:  # MODEL_OPTIONS are for the first one
+            trial.settings = {"model": agent.settings["model"], "stream": True}
+        trial.client, trial.settings = profile.client, trial.settings | profile.settings
         reason, self.simulated = self.simulated, None
         if not reason:
             return agent.guard.call(trial)
@@ -4786,13 +4808,13 @@ def show_profiles(agent: Agent, rest: str) -> str:
 def show_cooldowns(agent: Agent, rest: str) -> str:
     profiles = agent.app.profiles
     resting = [each for each in profiles.profiles if each.until > profiles.now()]
-    lines = [f"{profiles.list([each])} - {each.error}" for each in resting]
+    lines = [f"{profiles.describe([each])} - {each.error}" for each in resting]
     return "\n".join(lines) or "none has to rest"
 
 
 @command("/fallback", "what the next call tries, in this order")
 def show_fallback(agent: Agent, rest: str) -> str:
-    return "\n".join(str(each) for each in agent.app.profiles.order())
+    return "\n".join(map(str, agent.app.profiles.order())) or "nothing: see /cooldowns"
 
 
 # --- s10: concurrency ---
