@@ -1141,6 +1141,8 @@ class Inbox:
 def restore(journal: Journal, apply: Callable[[dict], None]) -> None:
     """Apply the records of a journal that will be rewritten; what is damaged is kept in a copy."""
     damaged, path = False, journal.path
+    for half in path.parent.glob(f".{'?' * 16}.tmp"):  # a crash came while a file was replaced
+        half.unlink()
     for record in journal.replay():
         try:
             apply(record)

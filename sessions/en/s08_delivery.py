@@ -1152,6 +1152,8 @@ class Inbox:
 def restore(journal: Journal, apply: Callable[[dict], None]) -> None:
     """Apply the records of a journal that will be rewritten; what is damaged is kept in a copy."""
     damaged, path = False, journal.path
+    for half in path.parent.glob(f".{'?' * 16}.tmp"):  # a crash came while a file was replaced
+        half.unlink()
     for record in journal.replay():
         try:
             apply(record)
@@ -4118,8 +4120,6 @@ class DeliveryQueue:
         self.numbers, self.closed, self.failure_rate = count(), False, 0.0
         self.journal = Journal(path)
         self.counts = dict.fromkeys(("enqueue", "ack", "retry", "failed", "again", "sent"), 0)
-        for half in path.parent.glob(".*.tmp"):  # a crash came while the file was compacted
-            half.unlink()
         restore(self.journal, self.apply)
         self.counts = dict.fromkeys(self.counts, 0)
         self.compact()
