@@ -4791,11 +4791,12 @@ class Stopped(KeyboardInterrupt):
 class Ticket(Future):
     """The result of a task, now or later."""
 
-    is_watched = False
+    is_watched, wake = False, int
 
     def add_done_callback(self, function: Callable[[Future], object]) -> None:
         self.is_watched = True
         super().add_done_callback(function)
+        self.wake()  # its thread may be on the way to call the function: another goes on
 
 
 @dataclass(eq=False, slots=True)
@@ -4938,11 +4939,12 @@ class CommandQueue:
 
     def wake(self) -> None:
         """See to it that a thread takes what is ready; that one wakes the next."""
-        if self.ready and self.idle:
-            self.work.notify()
-        elif self.ready and self.threads < MAX_WORKERS:
-            self.threads += 1
-            in_thread(self.run_tasks)
+        with self.lock:
+            if self.ready and self.idle:
+                self.work.notify()
+            elif self.ready and self.threads < MAX_WORKERS:
+                self.threads += 1
+                in_thread(self.run_tasks)
 
     def take(self) -> Task | None:
         """The next task that is ready, for this thread to run; if there are more, one is woken."""
@@ -4969,20 +4971,18 @@ class CommandQueue:
 
     def run_tasks(self) -> None:
         """A worker's thread: whatever a task raises is its future's."""
-        following = None
-        while task := following or self.wait():
+        while task := self.wait():
             self.here.task, result, error = task, None, None
             try:
                 result = task.function(*task.arguments)
             except BaseException as failure:
                 error = failure
-            self.here.task, following = None, None
+            self.here.task = None
             with self.lock:  # first the lanes are free, then the result is seen
                 self.leave(task)
+                task.future.wake = self.wake
                 if task.future.is_watched:
                     self.wake()  # who watches may take long: another thread goes on
-                else:
-                    following = self.take()
             if error is None:
                 task.future.set_result(result)
             else:
@@ -5051,8 +5051,9 @@ class CommandQueue:
         """Begin nothing more, and wait so long for what runs."""
         with self.lock:
             self.closed = True
-            lanes = self.lanes.values()
-            self.quiet.wait_for(lambda: not any(lane.active for lane in lanes), seconds)
+            self.ready.clear()
+            active = [task for lane in self.lanes.values() for task in lane.active]
+            self.quiet.wait_for(lambda: not any(t.held for t in active if t.running), seconds)
 
 
 def find_lane(agent: Agent, name: str) -> LaneQueue:
