@@ -1,0 +1,587 @@
+"""Lanes (s10): who runs when, what a reset lets go of, and that nothing is lost or stuck."""
+
+import gc
+import json
+import random
+import re
+import threading
+import time
+import tracemalloc
+import weakref
+from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from concurrent.futures import Future
+from concurrent.futures import wait
+from contextlib import ExitStack
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import harness
+import pytest
+import test_gateway
+from fake_feishu import FakeFeishu
+from fake_model import Chunks
+from fake_model import FakeModel
+from fake_model import Gate
+from fake_model import Stall
+from fake_model import Text
+from fake_model import ToolCalls
+from fake_telegram import FakeTelegram
+from harness import since
+from hypothesis import HealthCheck
+from hypothesis import settings
+from hypothesis import strategies
+from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import precondition
+from hypothesis.stateful import rule
+from hypothesis.stateful import run_state_machine_as_test
+from test_gateway import PROMPT
+from test_gateway import Client
+from test_gateway import until
+
+LONG = 10  # seconds after which something is stuck
+
+
+class Job:
+    """A task that runs until it is told to end."""
+
+    def __init__(self, name: object = "", check: Callable[[], None] | None = None):
+        self.name, self.check = name, check
+        self.began, self.go = threading.Event(), threading.Event()
+        self.error: BaseException | None = None
+
+    def __call__(self) -> object:
+        self.began.set()
+        assert self.go.wait(60), f"{self.name} was never told to end"
+        if self.check:
+            self.check()
+        if self.error:
+            raise self.error
+        return self.name
+
+    def runs(self, timeout: float = LONG) -> bool:
+        return self.began.wait(timeout)
+
+
+@pytest.fixture
+def module(section) -> ModuleType:
+    return section.module
+
+
+@pytest.fixture
+def lanes(module: ModuleType) -> Any:
+    """A queue of lanes with nobody but us around it."""
+    return module.CommandQueue()
+
+
+def begin(lanes: Any, *names: str, label: object = "") -> tuple[Job, Future]:
+    job = Job(label, lanes.check)
+    return job, lanes.enqueue(names, job)
+
+
+def finish(*pairs: tuple[Job, Future]) -> list[object]:
+    """Let tasks end, and what came of them."""
+    for job, _ in pairs:
+        job.go.set()
+    return [future.result(LONG) for _, future in pairs]
+
+
+def counts(lanes: Any, name: str) -> tuple[int, int]:
+    """How many are in a lane, and how many wait for it."""
+    with lanes.lock:
+        lane = lanes.lanes.get(name)
+        return (len(lane.active), len(lane.waiting)) if lane else (0, 0)
+
+
+def names(lanes: Any) -> set[str]:
+    with lanes.lock:
+        return set(lanes.lanes)
+
+
+def workers(module: ModuleType) -> int:
+    """The threads that run tasks of any queue of a module."""
+    running = [t for t in threading.enumerate() if "run_tasks" in t.name]
+    return len(running)
+
+
+# --- a lane ---
+
+
+@since("s10")
+def test_a_lane_of_one_keeps_the_order_and_a_lane_of_four_runs_four(lanes):
+    seen: list[int] = []
+    futures = [lanes.enqueue(["one"], seen.append, number) for number in range(2000)]
+    wait(futures, LONG)
+    assert seen == [*range(2000)]
+    jobs = [begin(lanes, "main", label=number) for number in range(10)]
+    for number in range(10):
+        assert jobs[number][0].runs()
+        until(lambda number=number: sum(j.began.is_set() for j, _ in jobs) == min(number + 4, 10))
+        assert counts(lanes, "main") == (min(4, 10 - number), max(0, 6 - number))
+        assert finish(jobs[number]) == [number]
+    assert counts(lanes, "main") == (0, 0) and names(lanes) == {"main", "cron", "heartbeat"}
+
+
+@since("s10")
+def test_what_a_task_raises_is_its_future_s(lanes):
+    for lane in ("one", "main", "cron"):
+        for kind in (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit):
+            job, future = begin(lanes, lane)
+            job.error = kind("no")
+            after = lanes.enqueue([lane], str, "after")
+            job.go.set()
+            assert type(future.exception(LONG)) is kind
+            assert after.result(LONG) == "after"
+
+
+@since("s10")
+@pytest.mark.parametrize("lane", ["one", "main"])
+def test_a_hundred_thousand_tasks_that_do_nothing(lanes, lane: str):
+    seen: list[int] = []
+    last = None
+    for number in range(100_000):
+        last = lanes.enqueue([lane], seen.append, number)
+    last.result(60)
+    until(lambda: len(seen) == 100_000)
+    if lane == "one":
+        assert seen == [*range(100_000)]
+    assert sorted(seen) == [*range(100_000)] and counts(lanes, lane) == (0, 0)
+    assert lanes.threads <= 32, lanes.threads
+
+
+@since("s10")
+def test_when_the_result_is_seen_the_lane_is_free(lanes):
+    for number in range(2000):
+        lanes.enqueue(["a", "main"], int).result(LONG)
+        assert counts(lanes, "main") == (0, 0) and "a" not in names(lanes), number
+
+
+@since("s10")
+def test_a_callback_may_wait_for_the_lanes_to_be_idle(lanes):
+    """What is behind a task in its lane does not need the thread that its callback keeps busy."""
+    told: list[object] = []
+
+    def idle(future: Future) -> None:
+        deadline = time.monotonic() + LONG
+        while counts(lanes, "one") != (0, 0):
+            if time.monotonic() > deadline:
+                told.append("stuck")
+                return
+            time.sleep(0.001)
+        told.append("idle")
+
+    first = begin(lanes, "one")
+    first[1].add_done_callback(idle)
+    behind = [lanes.enqueue(["one"], int) for _ in range(20)]
+    finish(first)
+    wait(behind, LONG)
+    until(lambda: told == ["idle"])
+
+
+@since("s10")
+def test_a_callback_that_comes_at_the_last_moment_may_wait_too(lanes):
+    """Nor does it matter in which moment of a task's end somebody begins to watch it."""
+    ending, watched, told = threading.Event(), threading.Event(), []
+    first, behind = begin(lanes, "one"), begin(lanes, "one")
+    give = first[1].set_result
+
+    def late(result: object) -> None:
+        ending.set()
+        assert watched.wait(LONG)
+        give(result)
+
+    first[1].set_result = late
+    first[0].go.set()
+    assert ending.wait(LONG)
+    first[1].add_done_callback(lambda _: told.append(behind[0].runs(3)))
+    watched.set()
+    until(lambda: told)
+    assert told == [True]
+    finish(behind)
+
+
+@since("s10")
+def test_who_is_in_a_lane_cannot_enqueue_into_it(module, lanes):
+    def again(*into: str) -> object:
+        return lanes.enqueue(into, int).result(LONG)
+
+    for into in (["one"], ["main"], ["other", "one"], ["other", "main"]):
+        with pytest.raises(module.LaneError, match=f"lane {into[-1]} cannot enqueue"):
+            lanes.enqueue(["one", "main"], again, *into).result(LONG)
+    assert lanes.enqueue(["one", "main"], again, "other").result(LONG) == 0
+    with lanes.enter("one"), pytest.raises(module.LaneError, match="lane one"):
+        again("one")
+    with lanes.enter("one"), pytest.raises(module.LaneError), lanes.enter("one"):
+        raise AssertionError("entered twice")
+    assert again("one") == 0 and counts(lanes, "one") == (0, 0)
+    assert names(lanes) == {"main", "cron", "heartbeat"}
+
+
+@since("s10")
+def test_a_cancelled_task_does_not_run_and_blocks_nobody(lanes):
+    holder = begin(lanes, "one")
+    assert holder[0].runs()
+    waiting = [begin(lanes, "one", label=number) for number in range(5)]
+    assert waiting[1][1].cancel() and waiting[3][1].cancel() and waiting[4][1].cancel()
+    assert not holder[1].cancel()
+    finish(holder, waiting[0], waiting[2])
+    assert [job.began.is_set() for job, _ in waiting] == [True, False, True, False, False]
+    for _, future in (waiting[1], waiting[3]):
+        with pytest.raises(CancelledError):
+            future.result(LONG)
+    until(lambda: names(lanes) == {"main", "cron", "heartbeat"})
+
+
+@since("s10")
+def test_a_cancelled_task_lets_go_of_the_lane_that_it_waits_in(lanes):
+    """It has its session's lane and waits for main; the next of its session takes its place."""
+    full = [begin(lanes, "main") for _ in range(4)]
+    assert all(job.runs() for job, _ in full)
+    first, second = begin(lanes, "s", "main"), begin(lanes, "s", "main", label="second")
+    assert counts(lanes, "s") == (1, 1) and counts(lanes, "main") == (4, 1)
+    assert first[1].cancel()
+    finish(full[0])
+    assert second[0].runs() and not first[0].began.is_set()
+    assert finish(second) == ["second"]
+    finish(*full)
+    assert counts(lanes, "main") == (0, 0) and "s" not in names(lanes)
+
+
+@since("s10")
+def test_raised_and_lowered_while_tasks_run(lanes):
+    jobs = [begin(lanes, "main") for _ in range(20)]
+    until(lambda: sum(job.began.is_set() for job, _ in jobs) == 4)
+    lanes.limit("main", 7)
+    until(lambda: sum(job.began.is_set() for job, _ in jobs) == 7)
+    lanes.limit("main", 2)
+    for done in range(5):
+        finish(jobs[done])
+        time.sleep(0.02)
+        assert sum(job.began.is_set() for job, _ in jobs) == 7  # five are too many
+    finish(jobs[5])
+    until(lambda: sum(job.began.is_set() for job, _ in jobs) == 8)
+    for job, _ in jobs:
+        job.go.set()
+    for _, future in jobs:
+        future.result(LONG)
+    assert counts(lanes, "main") == (0, 0)
+    lanes.limit("new", 3)
+    assert "new" in names(lanes) and lanes.enqueue(["new"], int).result(LONG) == 0
+    assert "new" in names(lanes)  # its limit is to be kept
+
+
+@since("s10")
+def test_the_number_of_threads_is_bounded_and_they_end(section):
+    module = section.load()
+    module.WORKER_REST = 0.3
+    lanes, before = module.CommandQueue(), threading.active_count()
+    lanes.limit("wide", 99)
+    jobs = [begin(lanes, "wide") for _ in range(60)]
+    until(lambda: sum(job.began.is_set() for job, _ in jobs) == module.MAX_WORKERS)
+    time.sleep(0.1)
+    assert sum(job.began.is_set() for job, _ in jobs) == module.MAX_WORKERS == lanes.threads
+    assert threading.active_count() - before <= module.MAX_WORKERS
+    for job, _ in jobs:
+        job.go.set()
+    for _, future in jobs:
+        future.result(LONG)
+    until(lambda: lanes.threads == 0 and threading.active_count() <= before)
+    assert lanes.idle == 0 and lanes.enqueue(["wide"], int).result(LONG) == 0
+
+
+@since("s10")
+def test_one_after_the_other_needs_one_thread(lanes):
+    for _ in range(500):
+        lanes.enqueue(["one", "main"], int).result(LONG)
+    assert lanes.threads <= 2
+
+
+@since("s10")
+def test_ten_thousand_lanes_come_and_go(module, lanes):
+    def visit(first: int, last: int) -> list[weakref.ref]:
+        seen = []
+        for number in range(first, last):
+            future = lanes.enqueue([f"session:{number}", "main"], bytearray, 1000)
+            with lanes.lock:
+                lane = lanes.lanes.get(f"session:{number}")
+                seen += [weakref.ref(each) for each in (future, lane) if each is not None]
+            lane = None
+            if number % 50 == 0:
+                future.result(LONG)
+        future.result(LONG)
+        until(lambda: names(lanes) == {"main", "cron", "heartbeat"})
+        return seen
+
+    visit(0, 1000)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        seen = visit(1000, 11_000)
+        alive = len([each for each in seen if each() is not None])
+        del seen
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert alive <= 40, alive  # what the last tasks left in the threads' frames
+    assert grown < 100_000, grown
+
+
+@since("s10")
+def test_a_result_is_kept_by_nobody_but_its_future(lanes):
+    class Thing:
+        pass
+
+    def make() -> Thing:
+        return Thing()
+
+    def fail(thing: Thing) -> None:
+        raise ValueError("no")
+
+    argument = Thing()
+    made, failed = lanes.enqueue(["one"], make), lanes.enqueue(["one"], fail, argument)
+    seen = [weakref.ref(made.result(LONG)), weakref.ref(argument)]
+    assert isinstance(failed.exception(LONG), ValueError)
+    del made, failed, argument
+
+    def gone() -> bool:
+        gc.collect()
+        return not any(each() for each in seen)
+
+    until(gone)
+
+
+# --- to hold lanes in one's own thread ---
+
+
+@since("s10")
+def test_who_enters_holds_the_lanes(lanes):
+    busy = begin(lanes, "s", "main")
+    assert busy[0].runs()
+    told: list[str] = []
+
+    def visit() -> None:
+        with lanes.enter("s", "main"):
+            told.append("in")
+            behind.append(lanes.enqueue(["t"], int))
+            time.sleep(0.1)
+            told.append("out")
+
+    behind: list[Future] = []
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    until(lambda: counts(lanes, "s") == (1, 1))
+    after = lanes.enqueue(["s", "main"], told.append, "after")
+    assert told == []
+    finish(busy)
+    after.result(LONG)
+    visitor.join(LONG)
+    assert told == ["in", "out", "after"] and behind[0].result(LONG) == 0
+    with pytest.raises(ValueError, match="mine"), lanes.enter("s", "main"):
+        raise ValueError("mine")
+    assert counts(lanes, "main") == (0, 0) and "s" not in names(lanes)
+
+
+CTRL_C = """
+import _thread, sys, threading, time
+sys.path.insert(0, {tests!r})
+import harness
+from pathlib import Path
+module = harness.load(Path({script!r}))
+lanes = module.CommandQueue()
+go = threading.Event()
+held = [lanes.enqueue([name], go.wait) for name in {held!r}]
+threading.Timer(0.3, _thread.interrupt_main).start()
+began = time.monotonic()
+try:
+    with lanes.enter("s", "main"):
+        print("entered")
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic() - began < 2)
+after = lanes.enqueue(["s", "main"], str, "after")
+go.set()
+print(after.result(5), sorted(lanes.lanes))
+for future in held:
+    future.result(5)
+print(lanes.enqueue(["s", "main"], str, "again").result(5), len(lanes.lanes["main"].active))
+"""
+
+
+@since("s10")
+@pytest.mark.parametrize("held", [["s"], ["main"] * 4], ids=["session", "main"])
+def test_ctrl_c_ends_the_wait_for_a_lane(section, env, tmp_path: Path, held: list[str]):
+    script = tmp_path / "wait.py"
+    names = {"tests": str(Path(__file__).parent), "script": str(section.path), "held": held}
+    script.write_text(CTRL_C.format(**names))
+    ran = harness.pipe(script, "", env)
+    assert ran.returncode == 0, ran.stderr
+    first, second, third = ran.stdout.splitlines()
+    assert first == "interrupted True" and second.startswith("after ") and third == "again 0"
+
+
+@since("s10")
+def test_a_lane_that_is_only_tried(lanes):
+    """As the heartbeat does: not while anybody is answered; and who comes then does not wait."""
+    beat = lanes.lane("heartbeat")
+    assert beat.attempt() and not beat.attempt()
+    assert lanes.enqueue(["s", "main"], int).result(LONG) == 0
+    beat.release()
+    person = begin(lanes, "s", "main")
+    assert person[0].runs() and not beat.attempt()
+    finish(person)
+    assert beat.attempt()
+    lanes.reset()
+    assert beat.attempt()  # the first was let go
+    beat.release()
+    assert counts(lanes, "heartbeat") == (0, 0)
+
+
+# --- reset and stop ---
+
+
+@since("s10")
+def test_a_reset_loses_nothing_that_waits(lanes):
+    """Twenty sessions of three messages each: all are answered, in order, though four hang."""
+    running, most, lock = {}, [], threading.Lock()
+    order: dict[int, list[int]] = {number: [] for number in range(20)}
+    hang = threading.Event()
+
+    def answer(session: int, number: int, stale: bool) -> None:
+        with lock:
+            order[session].append(number)
+            running[session] = running.get(session, 0) + (not stale)
+            most.append(running[session])
+        if stale:
+            hang.wait(30)
+            return
+        time.sleep(0.002)
+        with lock:
+            running[session] -= 1
+
+    futures = [
+        lanes.enqueue([f"s{session}", "main"], answer, session, number, session < 4 and not number)
+        for number in range(3)
+        for session in range(20)
+    ]
+    until(lambda: sum(map(len, order.values())) == 4)
+    time.sleep(0.05)
+    assert sum(map(len, order.values())) == 4
+    assert lanes.reset() == 4
+    wait(futures[4:], LONG)
+    assert all(numbers == [0, 1, 2] for numbers in order.values()), order
+    assert max(most) == 1
+    assert not any(future.done() for future in futures[:4])
+    assert names(lanes) == {"main", "cron", "heartbeat"} and counts(lanes, "main") == (0, 0)
+    hang.set()
+    wait(futures, LONG)
+    assert all(future.done() for future in futures)
+
+
+@since("s10")
+def test_who_was_let_go_neither_frees_nor_blocks_a_lane(module, lanes):
+    stale = [begin(lanes, "s", "main") for _ in range(1)] + [begin(lanes, "main")]
+    assert all(job.runs() for job, _ in stale)
+    assert lanes.reset() == 2 and lanes.reset() == 0
+    fresh = begin(lanes, "s", "main", label="fresh")
+    behind = begin(lanes, "s", "main", label="behind")
+    full = [begin(lanes, "main") for _ in range(4)]
+    assert fresh[0].runs() and all(job.runs() for job, _ in full[:3])
+    assert counts(lanes, "main") == (4, 1) and counts(lanes, "s") == (1, 1)
+    for job, future in stale:
+        job.go.set()
+        assert type(future.exception(LONG)) is module.Stopped
+    time.sleep(0.05)
+    assert counts(lanes, "main") == (4, 1) and counts(lanes, "s") == (1, 1)
+    assert not behind[0].began.is_set() and not full[3][0].began.is_set()
+    assert finish(fresh, *full, behind)[-1] == "behind"
+    assert counts(lanes, "main") == (0, 0)
+
+
+@since("s10")
+def test_a_reset_goes_on_with_those_who_wait_in_both_lanes(lanes):
+    """Also with the session that holds its lane and waits for main in that moment."""
+    full = [begin(lanes, f"f{number}", "main") for number in range(4)]
+    assert all(job.runs() for job, _ in full)
+    between = [begin(lanes, "s", "main", label=number) for number in range(3)]
+    assert counts(lanes, "s") == (1, 2)
+    for round in range(3):
+        assert lanes.reset() == (4 if not round else 1)
+        assert between[round][0].runs()
+        assert [job.began.is_set() for job, _ in between] == [n <= round for n in range(3)]
+    for job, _ in (*full, *between):
+        job.go.set()
+    wait([future for _, future in (*full, *between)], LONG)
+    assert between[2][1].exception() is None and "s" not in names(lanes)
+    assert counts(lanes, "main") == (0, 0)
+
+
+@since("s10")
+def test_a_reset_gives_back_what_somebody_entered(lanes):
+    inside, leave = threading.Event(), threading.Event()
+
+    def visit() -> None:
+        with lanes.enter("s"):
+            inside.set()
+            leave.wait(30)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    assert inside.wait(LONG)
+    fresh = begin(lanes, "s")
+    assert lanes.reset() == 1 and fresh[0].runs()
+    leave.set()
+    visitor.join(LONG)
+    assert counts(lanes, "s") == (1, 0)
+    finish(fresh)
+    assert "s" not in names(lanes)
+
+
+@since("s10")
+def test_a_stop_is_for_what_runs_in_that_lane(module, lanes):
+    mine, theirs = begin(lanes, "s", "main"), begin(lanes, "t", "main", label="theirs")
+    next_one = begin(lanes, "s", "main", label="next")
+    assert mine[0].runs() and theirs[0].runs()
+    assert lanes.stop("s") == 1 and lanes.stop("nobody") == 0
+    mine[0].go.set()
+    assert type(mine[1].exception(LONG)) is module.Stopped
+    assert finish(theirs, next_one) == ["theirs", "next"]
+
+
+@since("s10")
+def test_nothing_begins_after_a_drain(section):
+    module = section.load()
+    module.MAX_WORKERS = 3
+    lanes = module.CommandQueue()
+    running = [begin(lanes, "main") for _ in range(3)]
+    assert all(job.runs() for job, _ in running)
+    ready = begin(lanes, "main")  # it has a place, and no thread
+    waiting = [begin(lanes, "main"), begin(lanes, "s", "main")]
+    drained = threading.Thread(target=lanes.drain, args=(LONG,))
+    drained.start()
+    until(lambda: lanes.closed)
+    with pytest.raises(module.LaneError, match="ending"):
+        lanes.enqueue(["other"], int)
+    with pytest.raises(module.LaneError), lanes.enter("other"):
+        raise AssertionError("entered")
+    began = time.monotonic()
+    finish(*running)
+    drained.join(LONG)
+    assert not drained.is_alive() and time.monotonic() - began < 1
+    assert lanes.reset() == 0
+    lanes.limit("main", 9)
+    time.sleep(0.1)
+    assert not any(job.began.is_set() for job, _ in (ready, *waiting))
+
+
+@since("s10")
+def test_a_drain_gives_up(lanes):
+    running = begin(lanes, "main")
+    assert running[0].runs()
+    began = time.monotonic()
+    lanes.drain(0.3)
+    assert 0.25 < time.monotonic() - began < 1.5
+    finish(running)
