@@ -585,3 +585,207 @@ def test_a_drain_gives_up(lanes):
     lanes.drain(0.3)
     assert 0.25 < time.monotonic() - began < 1.5
     finish(running)
+
+
+# --- anything, in any order ---
+
+
+class Entry:
+    """A task, or somebody who enters, as the model below sees it."""
+
+    def __init__(self, route: tuple[str, ...], job: Job):
+        self.route, self.job = route, job
+        self.ahead = [*route]
+        self.state, self.let_go, self.stopped = "waiting", False, False
+        self.future: Future | None = None
+        self.thread: threading.Thread | None = None
+
+
+class Machine(RuleBasedStateMachine):
+    """CommandQueue, and beside it a model: a list of those inside and of those who wait, by lane.
+
+    After each step, exactly those run who run in the model; so nobody begins too early, too late
+    or in another order.
+    """
+
+    module: ModuleType
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lanes = self.module.CommandQueue()
+        self.limits = {"main": 4}
+        self.inside: dict[str, list[Entry]] = {}
+        self.behind: dict[str, list[Entry]] = {}
+        self.entries: list[Entry] = []
+        self.lanes.limit("main", 2)
+        self.limits["main"] = 2
+
+    # the model
+
+    def free(self, lane: str) -> bool:
+        return len(self.inside.get(lane, [])) < self.limits.get(lane, 1)
+
+    def go_on(self, entry: Entry) -> None:
+        while entry.ahead:
+            lane = entry.ahead.pop(0)
+            if self.behind.get(lane) or not self.free(lane):
+                self.behind.setdefault(lane, []).append(entry)
+                return
+            self.inside.setdefault(lane, []).append(entry)
+        entry.state = "running"
+
+    def let_in(self, lane: str) -> None:
+        while self.behind.get(lane) and self.free(lane):
+            entry = self.behind[lane].pop(0)
+            if entry.state == "cancelled":
+                self.take_out(entry)
+            else:
+                self.inside.setdefault(lane, []).append(entry)
+                self.go_on(entry)
+
+    def take_out(self, entry: Entry) -> None:
+        for lane in entry.route:
+            if entry in self.inside.get(lane, []):
+                self.inside[lane].remove(entry)
+                self.let_in(lane)
+
+    def some(self, state: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.state == state]
+
+    # what may happen
+
+    @rule(
+        route=strategies.sampled_from([("main",), ("a",), ("a", "main"), ("b", "main"), ("c",)]),
+        enters=strategies.booleans(),
+    )
+    def arrive(self, route: tuple[str, ...], enters: bool) -> None:
+        if len(self.some("running")) > 12:
+            return
+        entry = Entry(route, Job(len(self.entries), self.lanes.check))
+        self.entries.append(entry)
+        if enters:
+            entry.thread = threading.Thread(target=self.visit, args=(entry,), daemon=True)
+            before = self.places(route[0])
+            entry.thread.start()
+            until(lambda: self.places(route[0]) > before)
+        else:
+            entry.future = self.lanes.enqueue(route, entry.job)
+        self.go_on(entry)
+        self.compare()
+
+    def visit(self, entry: Entry) -> None:
+        with suppress(KeyboardInterrupt, ValueError), self.lanes.enter(*entry.route):
+            entry.job()
+
+    def places(self, name: str) -> int:
+        return sum(counts(self.lanes, name))
+
+    @precondition(lambda self: self.some("running"))
+    @rule(data=strategies.data(), error=strategies.sampled_from([None, ValueError, SystemExit]))
+    def end(self, data: strategies.DataObject, error: type[BaseException] | None) -> None:
+        entry = data.draw(strategies.sampled_from(self.some("running")))
+        entry.job.error = ValueError() if error and entry.thread else error and error()
+        self.finish(entry)
+        self.compare()
+
+    def finish(self, entry: Entry) -> None:
+        entry.job.go.set()
+        if entry.thread:
+            entry.thread.join(LONG)
+            assert not entry.thread.is_alive(), "it never left"
+        elif entry.stopped:
+            assert type(entry.future.exception(LONG)) is self.module.Stopped
+        elif entry.job.error:
+            assert entry.future.exception(LONG) is entry.job.error
+        else:
+            assert entry.future.result(LONG) == entry.job.name
+        entry.state = "done"
+        self.take_out(entry)
+
+    @precondition(lambda self: self.some("waiting"))
+    @rule(data=strategies.data())
+    def cancel(self, data: strategies.DataObject) -> None:
+        waiting = [entry for entry in self.some("waiting") if entry.future]
+        if waiting:
+            entry = data.draw(strategies.sampled_from(waiting))
+            assert entry.future.cancel()
+            entry.state = "cancelled"
+        for entry in self.some("running"):
+            assert not entry.future or not entry.future.cancel()
+        self.compare()
+
+    @rule()
+    def reset(self) -> None:
+        gone = {id(e): e for lane in self.inside.values() for e in lane if e.state == "running"}
+        assert self.lanes.reset() == len(gone)
+        for entry in gone.values():
+            entry.stopped = True
+            for lane in entry.route:
+                self.inside[lane].remove(entry)
+        for lane in [*self.behind]:
+            self.let_in(lane)
+        self.compare()
+
+    @rule(lane=strategies.sampled_from(["main", "a", "b", "c"]))
+    def stop(self, lane: str) -> None:
+        running = [e for e in self.inside.get(lane, []) if e.state == "running"]
+        assert self.lanes.stop(lane) == len(running)
+        for entry in running:
+            entry.stopped = True
+
+    @rule(lane=strategies.sampled_from(["main", "main", "c"]), limit=strategies.integers(1, 5))
+    def change_limit(self, lane: str, limit: int) -> None:
+        self.limits[lane] = limit
+        self.lanes.limit(lane, limit)
+        self.let_in(lane)
+        self.compare()
+
+    # what has to hold
+
+    def compare(self) -> None:
+        running = {entry.job.name for entry in self.entries if entry.state in ("running", "done")}
+        began = [entry.job for entry in self.entries if entry.job.began.is_set()]
+        for entry in self.some("running"):
+            assert entry.job.runs(), f"{entry.job.name} {entry.route} is stuck"
+        assert {job.name for job in began} <= running, "somebody began too early"
+        full = {name for name in {*self.inside, *self.behind} if self.present(name)}
+        until(lambda: names(self.lanes) == full | {*LANES, *self.limits}, 3)
+        for name in full:
+            expected = len(self.inside.get(name, [])), len(self.behind.get(name, []))
+            assert counts(self.lanes, name) == expected, name
+            assert len(self.lanes.lanes[name].active) <= max(5, self.limits.get(name, 1))
+
+    def present(self, name: str) -> bool:
+        return bool(self.inside.get(name) or self.behind.get(name))
+
+    def teardown(self) -> None:
+        while running := self.some("running"):
+            self.finish(running[0])
+            self.compare()
+        assert not self.some("waiting"), "stuck, though all that ran has ended"
+        for entry in self.some("cancelled"):
+            assert entry.future.cancelled() and not entry.job.began.is_set()
+        assert names(self.lanes) == {*LANES, *self.limits}
+        until(lambda: not any(lane.active for lane in self.lanes.lanes.values()))
+        for future in [entry.future for entry in self.entries if entry.future]:
+            assert future.done()
+
+
+LANES = ("main", "cron", "heartbeat")
+
+
+@since("s10")
+@pytest.mark.costly
+def test_lanes_and_a_model_of_them_agree(section):
+    module = section.load()
+    module.WORKER_REST = 0.2
+    kind = type("Lanes", (Machine,), {"module": module})
+    checks = settings(
+        max_examples=80,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(kind, settings=checks)
