@@ -223,8 +223,10 @@ def call_model(agent: Agent) -> tuple[dict, str]:
 def agent_turn(agent: Agent) -> str:
     """Answer the last message of the history. Returns the answer, or raises OpenAIError."""
     for rounds in range(1, MAX_ROUNDS + 1):
-        message, finish_reason = agent.app.resilience.call(agent)
-        agent.app.lanes.check()
+        try:
+            message, finish_reason = agent.app.resilience.call(agent)
+        finally:
+            agent.app.lanes.check()
         agent.messages.append(message)
         if not message.get("tool_calls"):
             break
@@ -251,7 +253,8 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
         agent.messages.append(question, asked)
         return agent_turn(agent)
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
-        if agent.messages[-1:] == [question] and not isinstance(error, NoProfileLeft):
+        is_kept = isinstance(error, NoProfileLeft | Stopped)
+        if agent.messages[-1:] == [question] and not is_kept:
             agent.messages.pop()
         agent.show(f"\n[{explain(error)}]")
         return ""
@@ -936,6 +939,7 @@ class ContextGuard:
                 ask = {"role": "user", "content": f"{SUMMARIZE}\n\n{summary}\n\n{piece}"}
                 helper = replace(agent, messages=[ask], tools=[], show=lambda text: None)
                 message, finish_reason = call_model(helper)
+                agent.app.lanes.check()
                 if "tool_calls" in message or finish_reason == "content_filter":
                     raise openai.OpenAIError("the model gave none")
                 summary = cut_tokens(message["content"], window // 8)
@@ -1881,7 +1885,9 @@ class App:
             agent.show = show_piece
             self.gateway.begin(agent, message)
             self.note_owner(message)
-            if command not in FROM_AFAR or not run_command(agent, message.text):
+            if command in FROM_AFAR and run_command(agent, message.text):
+                self.sessions[agent.key] = agent.messages
+            else:
                 self.recall(agent, message)
                 window = agent.guard.limit(agent)
                 text = answer(agent, message.said, message.ids[0])
@@ -1889,7 +1895,6 @@ class App:
                     agent.system = self.system_prompt(agent, message)  # a refusal taught how small
                     self.recall(agent, message)
                     text = answer(agent, message.said, message.ids[0])
-            self.sessions[agent.key] = agent.messages
             told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
             if channel is not self.cli:
                 self.reply(message, told)
