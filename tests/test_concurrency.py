@@ -2,7 +2,6 @@
 
 import gc
 import json
-import random
 import re
 import threading
 import time
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import Future
 from concurrent.futures import wait
-from contextlib import ExitStack
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +21,7 @@ import harness
 import pytest
 import test_gateway
 from fake_feishu import FakeFeishu
-from fake_model import Chunks
+from fake_model import Drop
 from fake_model import FakeModel
 from fake_model import Gate
 from fake_model import Stall
@@ -39,7 +37,6 @@ from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 from hypothesis.stateful import run_state_machine_as_test
 from test_gateway import PROMPT
-from test_gateway import Client
 from test_gateway import until
 
 LONG = 10  # seconds after which something is stuck
@@ -789,3 +786,347 @@ def test_lanes_and_a_model_of_them_agree(section):
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(kind, settings=checks)
+
+
+# --- through the front door ---
+
+APPROVED = {"APPROVAL": "always"}
+BASH = "bash is always allowed"
+
+
+class Office(test_gateway.Desk):
+    """A section with people on Telegram, at Feishu and on the web, and a model that can wait."""
+
+    def __init__(self, section: harness.Section, workspace: Path, model: FakeModel):
+        super().__init__(section, workspace, model)
+        self.telegram = self.opened.enter_context(FakeTelegram())
+        self.feishu = self.opened.enter_context(FakeFeishu("", "a-verification-token"))
+        self.gates: dict[str, threading.Event] = {}
+        self.people = [str(number) for number in range(101, 108)]
+        self.guests = [f"ou_guest{number}" for number in range(7)]
+        self.hook, self.web = "", None
+        self.slow, self.broken = 0.0, None
+
+    def brain(self, body: dict) -> Any:
+        """Does what the last user message says; `wait x` and `stream x` wait for gate x."""
+        messages = body["messages"]
+        last = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        verb, _, rest = last.partition(" ")
+        answer = Text(f"heard {last[:200]}")
+        if "tools" not in body:
+            return Gate(self.gate_of("late"), Text("in short"))
+        if verb == "broken":
+            return Gate(self.broken or self.gate_of(rest), answer if self.broken else Drop(1))
+        if messages[-1]["role"] == "tool":
+            return Text(f"done {last[:200]}")
+        if verb == "bash":
+            return ToolCalls([("bash", {"command": part}) for part in rest.split(" ;; ")])
+        if verb == "wait":
+            return Gate(self.gate_of(rest), answer)
+        if verb == "stream":
+            return Gate(self.gate_of(rest), answer, after_chunks=3)
+        return Stall(0, self.slow, answer) if self.slow else answer
+
+    def gate_of(self, name: str) -> threading.Event:
+        return self.gates.setdefault(name, threading.Event())
+
+    def __exit__(self, *about: Any) -> None:
+        for gate in [*self.gates.values()]:
+            gate.set()
+        super().__exit__(*about)
+
+    def up(self, **env: str) -> harness.Screen:
+        """A run at a terminal with all three channels on."""
+        screen = super().up(
+            TELEGRAM_BOT_TOKEN=self.telegram.token,
+            TELEGRAM_BASE_URL=self.telegram.url,
+            TELEGRAM_ALLOWED_CHATS=" ".join(self.people),
+            FEISHU_APP_ID=self.feishu.app_id,
+            FEISHU_APP_SECRET=self.feishu.app_secret,
+            FEISHU_DOMAIN=self.feishu.url,
+            FEISHU_PORT="0",
+            FEISHU_VERIFICATION_TOKEN=self.feishu.verification_token,
+            FEISHU_ALLOWED_CHATS=" ".join(self.guests),
+            **env,
+        )
+        until(lambda: "[feishu default] on" in screen.text)
+        self.hook = re.findall(r"http://\S+/feishu/events", screen.text)[-1]
+        self.web = self.client()
+        return screen
+
+    def say(self, who: str, text: str) -> None:
+        """Have a person say something: a chat at Telegram, an open_id at Feishu, or on the web."""
+        if who in self.people:
+            self.telegram.say(text, int(who))
+        elif who in self.guests:
+            assert self.feishu.push(self.hook, self.feishu.event(text, open_id=who)).status == 200
+        else:
+            self.web.call("send", text=text, peer=who)
+
+    def told(self, who: str) -> list[str]:
+        """What a person was sent, in order."""
+        if who in self.people:
+            return [sent.text for sent in self.telegram.sent_to(int(who))]
+        if who in self.guests:
+            mine = (who, f"oc_{who[3:]}")
+            return [sent.text for sent in list(self.feishu.sent) if sent.receive_id in mine]
+        self.web.call("status")
+        return [
+            params["text"]
+            for name, params in self.web.events
+            if name == "message" and params["role"] == "assistant" and self.mine(params, who)
+        ]
+
+    @staticmethod
+    def mine(params: dict, who: str) -> bool:
+        return json.dumps(params).lower().find(f"direct:{who}") >= 0
+
+    def wait(self, who: str, *texts: str, timeout: float = 15) -> None:
+        """Wait until a person was sent exactly these."""
+        deadline = time.monotonic() + timeout
+        while self.told(who) != [*texts] and time.monotonic() < deadline:
+            time.sleep(0.03)
+        assert self.told(who) == [*texts]
+
+    def asking(self, text: str, timeout: float = 10) -> None:
+        """Wait until the model has been asked this."""
+        until(lambda: text in self.asked, timeout)
+
+    def line(self, screen: harness.Screen, text: str, answer: str | re.Pattern) -> str:
+        """What a command at the terminal shows, up to the next prompt."""
+        began = len(screen.text)
+        screen.type(f"{text}\n")
+        screen.wait_for(answer, 5)
+        screen.wait_for(PROMPT, 5)
+        return screen.text[began:]
+
+    def sessions(self) -> dict[str, list[dict]]:
+        """The messages in each session file, by the session's key."""
+        found: dict[str, list[dict]] = {}
+        for file in self.workspace.rglob("sessions/*.jsonl"):
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+            messages = [r["message"] for r in records if r["type"] == "message"]
+            found.setdefault(records[0]["key"], []).extend(messages)
+        return found
+
+
+@pytest.fixture
+def office(section, workspace: Path, fake_model: FakeModel) -> Iterator[Office]:
+    with Office(section, workspace, fake_model) as office:
+        yield office
+    assert not office.telegram.problems and not office.feishu.problems
+
+
+@since("s10")
+@pytest.mark.costly
+def test_twenty_people_are_answered_four_at_a_time(office: Office, record_property):
+    office.slow, rounds = 1.0, 3
+    everybody = [*office.people, *office.guests, *(f"web{number}" for number in range(6))]
+    office.up()
+    began = time.monotonic()
+    for round in range(rounds):
+        for who in everybody:
+            office.say(who, f"{who} says {round}")
+    ideal = len(everybody) * rounds / 4
+    expected = [f"heard {{}} says {round}" for round in range(rounds)]
+    office.model.wait(len(everybody) * rounds, ideal * 1.35 + 5)
+    for who in everybody:
+        office.wait(who, *(text.format(who) for text in expected))
+    took = time.monotonic() - began
+    record_property("seconds", took)
+    print(f"{took:.2f} s, ideal {ideal:.2f} s")
+    assert office.model.peak == 4
+    assert took < ideal * 1.35 + 0.5, took
+    for chat in office.model.chats:  # each sees its own exchanges so far, and no other's
+        said = [m["content"] for m in chat.messages if m["role"] != "system"]
+        who, _, round = said[-1].partition(" says ")
+        whole = [t for n in range(int(round)) for t in (f"{who} says {n}", f"heard {who} says {n}")]
+        assert said == [*whole, f"{who} says {round}"]
+    kept = [m for m in office.sessions().values() if m]
+    assert len(kept) == len(everybody)
+    for messages in kept:
+        (who,) = {m["content"].split(" says ")[0].removeprefix("heard ") for m in messages}
+        assert [m["content"] for m in messages[1::2]] == [text.format(who) for text in expected]
+    office.down()
+
+
+TOOLS = "bash echo one >> ran.txt; until [ -e go ]; do sleep 0.02; done ;; echo two >> ran.txt"
+
+
+@since("s10")
+@pytest.mark.parametrize("who", ["101", "ou_guest0", "alice"], ids=["telegram", "feishu", "web"])
+def test_stop_ends_a_turn_between_two_steps(office: Office, workspace: Path, who: str):
+    office.up(**APPROVED)
+    office.say(who, "/stop")
+    office.wait(who, "nothing runs here")
+    office.say("102", "wait other")
+    office.asking("wait other")
+    # between two tools
+    office.say(who, TOOLS)
+    until((workspace / "ran.txt").exists)
+    office.say(who, "/stop")
+    office.wait(who, "nothing runs here", "stopped")
+    (workspace / "go").touch()
+    office.wait(who, "nothing runs here", "stopped", "[stopped]")
+    office.say(who, "go on")
+    office.wait(who, "nothing runs here", "stopped", "[stopped]", "heard go on")
+    assert (workspace / "ran.txt").read_text() == "one\n"
+    results = [m["content"] for m in office.model.chats[-1].messages if m["role"] == "tool"]
+    assert len(results) == 2 and all("interrupted" in text for text in results)
+    # while text streams, with another message behind it
+    office.say(who, "stream a")
+    office.asking("stream a")
+    office.say(who, "behind")
+    office.say(who, " /stop ")
+    before = office.told(who)[:4]
+    office.wait(who, *before, "stopped")
+    office.gates["a"].set()
+    office.wait(who, *before, "stopped", "[stopped]", "heard behind")
+    said = [m["content"] for m in office.model.chats[-1].messages]
+    assert "heard stream a" not in said
+    office.gates["other"].set()
+    office.wait("102", "heard wait other")
+    office.say(who, "/stop")
+    office.wait(who, *before, "stopped", "[stopped]", "heard behind", "nothing runs here")
+    office.down()
+    office.up()
+    office.say(who, "again")
+    until(lambda: office.told(who)[-1:] == ["heard again"])
+    office.down()
+
+
+@since("s10")
+def test_stop_at_the_terminal(office: Office):
+    screen = office.up()
+    office.line(screen, "/stop", "nothing runs")
+    for who in ("101", "alice"):
+        office.say(who, f"stream {who}")
+        office.asking(f"stream {who}")
+    office.line(screen, "/stop session:agent:main:nobody", "nothing runs")
+    (key,) = [k for k in office.sessions() if "alice" in k]
+    office.line(screen, f"/stop session:{key}", "1 tasks are stopped")
+    office.gates["alice"].set()
+    office.wait("alice", "[stopped]")
+    office.line(screen, "/stop", re.compile("[12] tasks are stopped"))
+    office.gates["101"].set()
+    office.wait("101", "[stopped]")
+    for who in ("101", "alice"):
+        office.say(who, "hello")
+        office.wait(who, "[stopped]", "heard hello")
+    office.down()
+
+
+@since("s10")
+def test_reset_goes_on_with_what_waits(office: Office):
+    """Four hang; the next message of one of them has the same words as the one that hangs."""
+    screen = office.up()
+    hanging = ["101", "102", "ou_guest0", "alice"]
+    for who in hanging:
+        office.say(who, "stream same")
+    until(lambda: office.asked.count("stream same") == 4)
+    same = office.gates["same"]
+    office.gates["same"] = threading.Event()
+    for who in ("101", "alice"):
+        office.say(who, "stream same")
+    for who in ("103", "ou_guest1", "bob"):
+        office.say(who, "hello")
+    time.sleep(0.3)
+    assert len(office.asked) == 4
+    office.line(screen, "/reset", "4 tasks were let go; what waited goes on")
+    for who in ("103", "ou_guest1", "bob"):
+        office.wait(who, "heard hello")
+    until(lambda: office.asked.count("stream same") == 6)
+    same.set()  # the four that were let go come to their end while two of their sessions are used
+    for who in hanging:
+        office.wait(who, "[stopped]")
+    office.gates["same"].set()
+    for who in ("101", "alice"):
+        office.wait(who, "[stopped]", "heard stream same")
+    for who in hanging:
+        office.say(who, "and on")
+        until(lambda who=who: office.told(who)[-1:] == ["heard and on"])
+        said = [m["content"] for m in office.model.chats[-1].messages[1:]]
+        assert said.count("heard stream same") == (who in ("101", "alice")), said
+    office.line(screen, "/generation", "main: generation 1")
+    office.down()
+
+
+@since("s10")
+def test_who_was_let_go_leaves_the_session_alone(office: Office):
+    """Not only a text that streams: a call that fails, a new session, a summary that comes late."""
+    screen = office.up(CONTEXT_TOKENS="20000")
+    for who in ("101", "102", "103"):
+        for number in range(3):
+            office.say(who, f"{number} " + "word " * 300)
+            until(lambda who=who, n=number: len(office.told(who)) == n + 1)
+    late = office.gate_of("late")
+    office.say("101", "broken late")
+    office.say("102", "stream late")
+    office.say("103", "/compact")
+    until(lambda: len(office.asked) == 12)
+    for who, text in (("101", "broken late"), ("102", "/new"), ("103", "first")):
+        office.say(who, text)
+    office.broken = office.gate_of("other")
+    office.line(screen, "/reset", "3 tasks were let go")
+    office.asking("first")
+    until(lambda: office.told("102")[-1].startswith("session "))
+    until(lambda: office.asked.count("broken late") == 2)
+    until(lambda: office.told("103")[-1:] == ["heard first"])
+    late.set()
+    for who, count in (("101", 4), ("102", 5), ("103", 5)):
+        until(lambda who=who, count=count: len(office.told(who)) == count)
+    assert "[stopped]" in office.told("101") and "[stopped]" in office.told("102")
+    office.broken.set()
+    until(lambda: office.told("101")[-1] == "heard broken late")
+    for who in ("101", "102", "103"):
+        office.say(who, "and on")
+        until(lambda who=who: office.told(who)[-1:] == ["heard and on"])
+        said = [m["content"] for m in office.model.chats[-1].messages[1:]]
+        if who == "101":
+            assert said[-3:] == ["broken late", "heard broken late", "and on"]
+        if who == "102":
+            assert said == ["and on"], said
+        if who == "103":
+            assert said[-3:] == ["first", "heard first", "and on"], said
+            assert said[0].startswith("0 word") and "in short" not in said[0]
+    office.down()
+
+
+@since("s10")
+def test_ctrl_c_while_turns_run_loses_nothing(office: Office, workspace: Path):
+    """The next start goes on: each question is answered once, and no tool runs again."""
+    office.up(**APPROVED)
+    office.say("101", "bash echo a >> a.txt ;; echo b >> b.txt; sleep 20 ;; echo c >> c.txt")
+    until((workspace / "b.txt").exists)
+    for who in ("102", "ou_guest0", "alice"):
+        office.say(who, f"wait {who}")
+        office.asking(f"wait {who}")
+    for who in ("103", "ou_guest1", "bob", "102", "101"):
+        office.say(who, f"{who} waits")
+    time.sleep(0.2)
+    began = time.monotonic()
+    office.down(within=2.5)
+    print(f"ended after {time.monotonic() - began:.2f} s")
+    for gate in office.gates.values():
+        gate.set()
+    time.sleep(0.3)
+    assert not (workspace / "c.txt").exists()
+    office.up(**APPROVED)
+    office.wait("102", "heard wait 102", "heard 102 waits")
+    for who in ("103", "ou_guest1"):
+        office.wait(who, f"heard {who} waits")
+    office.wait("ou_guest0", "heard wait ou_guest0")
+    until(lambda: len(office.told("101")) == 2)
+    assert office.told("101")[0].startswith("done bash echo a")
+    assert office.told("101")[1] == "heard 101 waits"
+    assert (workspace / "a.txt").read_text() == "a\n" and (workspace / "b.txt").read_text() == "b\n"
+    assert not (workspace / "c.txt").exists()
+    until(lambda: {"heard wait alice", "heard bob waits"} <= set(said_in(office)))
+    said = said_in(office)
+    assert len([text for text in said if text.startswith(("heard", "done"))]) == 9
+    office.down()
+
+
+def said_in(office: Office) -> list[str]:
+    """All that is in any session."""
+    return [m["content"] for messages in office.sessions().values() for m in messages]
