@@ -811,8 +811,10 @@ class Office(test_gateway.Desk):
         """Does what the last user message says; `wait x` and `stream x` wait for gate x."""
         messages = body["messages"]
         last = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-        verb, _, rest = last.partition(" ")
+        verb, _, rest = re.sub(r"^\[cron \w+\] ", "", last).partition(" ")
         answer = Text(f"heard {last[:200]}")
+        if verb == "Nobody":
+            return Gate(self.gate_of("beat"), Text("HEARTBEAT_OK"))
         if "tools" not in body:
             return Gate(self.gate_of("late"), Text("in short"))
         if verb == "broken":
@@ -1130,3 +1132,206 @@ def test_ctrl_c_while_turns_run_loses_nothing(office: Office, workspace: Path):
 def said_in(office: Office) -> list[str]:
     """All that is in any session."""
     return [m["content"] for messages in office.sessions().values() for m in messages]
+
+
+@since("s10")
+def test_the_commands_of_the_lanes_while_turns_run(office: Office):
+    screen = office.up()
+    for who in ("101", "102", "ou_guest0", "alice"):
+        office.say(who, f"wait {who}")
+        office.asking(f"wait {who}")
+    for who in ("103", "101"):
+        office.say(who, f"hello of {who}")
+    time.sleep(0.2)
+    shown = office.line(screen, "/lanes", "cron jobs that run or wait: none")
+    assert "main: 4 of 4, 1 waiting" in shown and "heartbeat: 0 of 1, 0 waiting" in shown
+    assert len(re.findall(r"^session:agent:main:\S+: [01] of 1, [01] waiting$", shown, re.M)) == 5
+    shown = office.line(screen, "/queue main", "main: 4 of 4, 1 waiting")
+    assert "hello of 103" in shown
+    assert "main: 4 of 4" not in office.line(screen, "/queue", "texts wait to be sent")
+    office.line(screen, "/queue nowhere", "there is no lane 'nowhere' now; there are: main, cron")
+    assert "main: generation 0" in office.line(screen, "/generation", "heartbeat: generation 0")
+    for bad in ("", "main", "main 0", "main 33", "main -1", "main x", "main 1.5", "main  2"):
+        office.line(screen, f"/concurrency {bad}", "a lane and a number from 1 to 32 are needed")
+    for bad in ("", "main", "main  "):
+        office.line(screen, f"/enqueue {bad}", "a lane and a message are needed")
+    session = re.search(r"session:agent:main:\S+(?=:)", office.line(screen, "/lanes", "cron"))[0]
+    office.line(screen, f"/concurrency {session} 2", "answered one after the other")
+    office.line(screen, "/enqueue main hello from here", "main: 4 of 4, 2 waiting")
+    office.line(screen, "/enqueue side hello aside", re.compile("side: ([01] of 1, 0|done)"))
+    screen.wait_for("[side] heard hello aside")
+    assert "wait 103" not in office.asked and "hello of 103" not in office.asked
+    office.line(screen, "/concurrency main 6", "main: ")
+    office.wait("103", "heard hello of 103")
+    until(lambda: "[main] heard hello from here" in screen.text)
+    office.line(screen, "/concurrency main 2", "main: 4 of 2, 0 waiting")
+    office.line(screen, "/reset", "4 tasks were let go; what waited goes on")
+    until(lambda: office.told("101") == ["heard hello of 101"])
+    office.line(screen, "/reset", "0 tasks were let go")
+    office.line(screen, "/generation", "main: generation 2")
+    for gate in office.gates.values():
+        gate.set()
+    until(lambda: office.told("102") == ["[stopped]"])
+    office.line(screen, "hello", "heard hello")
+    office.line(screen, "/lanes", "main: 0 of 2, 0 waiting")
+    assert not [f for f in office.workspace.rglob("*.jsonl") if f.stem.startswith("enqueue-")]
+    office.down()
+
+
+def bind(office: Office, agent: str, **about: Any) -> None:
+    office.web.call("bindings.set", agent=agent, **about)
+
+
+@since("s10")
+def test_a_binding_that_changes_while_a_message_waits(office: Office, workspace: Path):
+    """The message is answered by the agent that it belongs to then, and never by two at once."""
+    (workspace / "agents.json").write_text("{}")
+    office.up()
+    office.say("101", "wait a")
+    office.asking("wait a")
+    office.say("101", "second")
+    office.say("101", "third")
+    time.sleep(0.2)
+    bind(office, "luna", channel="telegram", peer="101")
+    office.say("101", "fourth")
+    office.wait("101", "heard fourth")
+    office.gates["a"].set()
+    office.wait("101", "heard fourth", "heard wait a", "heard second", "heard third")
+    keys = {key: [m["content"] for m in found] for key, found in office.sessions().items()}
+    (mine,) = [texts for key, texts in keys.items() if key.startswith("agent:main:telegram")]
+    (hers,) = [texts for key, texts in keys.items() if key.startswith("agent:luna:telegram")]
+    assert mine == ["wait a", "heard wait a"]
+    assert [text for text in hers if "heard" not in text] == ["fourth", "second", "third"]
+    office.down()
+
+
+@since("s10")
+def test_two_who_begin_a_new_session_at_the_same_time(office: Office):
+    office.up()
+    everybody = [*office.people, *office.guests]
+    for who in everybody:
+        office.say(who, f"{who} was here")
+    for who in everybody:
+        office.wait(who, f"heard {who} was here")
+    for who in everybody:
+        office.say(who, f"/new fresh {who}")
+    for who in everybody:
+        until(lambda who=who: len(office.told(who)) == 2)
+        assert re.match(rf"session \w+ \(fresh {who}\), 0 messages", office.told(who)[1])
+    index = json.loads(next(office.workspace.rglob("sessions.json")).read_text())
+    found = sorted(entry["label"] for entry in index.values() if entry["label"])
+    assert found == sorted(f"fresh {who}" for who in everybody)
+    office.down()
+
+
+@since("s10")
+def test_two_threads_that_point_at_once(section, tmp_path: Path):
+    store = section.module.SessionStore(tmp_path)
+    store.folder.mkdir(parents=True)
+    other = section.module.SessionStore(tmp_path)
+    threads = [
+        threading.Thread(target=lambda n=n, s=s: [s.create(f"key {n} {i}") for i in range(20)])
+        for n, s in enumerate((store, other, store, other))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert len(store.read_index()) == 80
+
+
+def jobs(workspace: Path, *entries: dict) -> None:
+    (workspace / "CRON.json").write_text(json.dumps({"jobs": entries}))
+
+
+def every(name: str, seconds: int, **payload: str) -> dict:
+    schedule = {"kind": "every", "every_seconds": seconds}
+    return {"id": name, "schedule": schedule, "payload": payload}
+
+
+@since("s10")
+def test_a_slow_job_delays_no_reminder_and_no_person(office: Office, workspace: Path):
+    jobs(
+        workspace,
+        every("slow", 1, kind="agent_turn", message="wait job"),
+        every("tick", 1, kind="system_event", text="tick tock"),
+    )
+    screen = office.up(OWNER="telegram:999")
+    until(lambda: any("wait job" in text for text in office.asked))
+    for who in ("101", "102", "103", "104", "ou_guest0"):
+        office.say(who, f"wait {who}")
+    until(lambda: sum(text.startswith("wait ") for text in office.asked) == 4)
+    for _ in range(2):
+        screen.wait_for("[cron tick] tick tock", 3)
+    shown = office.line(screen, "/lanes", "cron jobs that run or wait: slow")
+    assert "cron: 1 of 1, 0 waiting" in shown and "main: 4 of 4, 1 waiting" in shown
+    for gate in [*office.gates.values(), *(office.gate_of(who) for who in ("104", "ou_guest0"))]:
+        gate.set()
+    for who in ("101", "102", "103", "104", "ou_guest0"):
+        office.wait(who, f"heard wait {who}")
+    screen.wait_for("[cron slow] heard [cron slow] wait job")
+    office.down()
+
+
+@since("s10")
+def test_stop_ends_a_job_too(office: Office, workspace: Path):
+    """A job that was stopped has ended, with an error; the next one runs as ever."""
+    jobs(workspace, every("slow", 1, kind="agent_turn", message="wait job"))
+    screen = office.up()
+    until(lambda: any("wait job" in text for text in office.asked))
+    office.line(screen, "/stop cron", "1 tasks are stopped")
+    office.gates["job"].set()
+    screen.wait_for("[cron slow: stopped]")
+    office.down()
+    log = (workspace / "cron" / "cron-runs.jsonl").read_text()
+    ends = [json.loads(line) for line in log.splitlines() if '"end"' in line]
+    assert [end["error"] for end in ends if end["type"] == "end"][:1] == ["stopped"]
+
+
+@since("s10")
+def test_a_beat_and_people_do_not_meet(office: Office, workspace: Path):
+    """It does not begin while somebody is answered; whoever comes while it runs does not wait."""
+    (workspace / "HEARTBEAT.md").write_text("- look\n")
+    beat = office.gate_of("beat")
+    screen = office.up()
+    office.say("101", "wait 101")
+    office.asking("wait 101")
+    office.line(screen, "/trigger", "it runs as soon as nobody is being answered")
+    time.sleep(1.2)
+    assert not any(text.startswith("Nobody") for text in office.asked)
+    office.gates["101"].set()
+    until(lambda: any(text.startswith("Nobody") for text in office.asked))
+    for who in ("101", "102", "ou_guest0"):
+        office.say(who, "hello")
+    office.wait("102", "heard hello")
+    office.wait("ou_guest0", "heard hello")
+    office.wait("101", "heard wait 101", "heard hello")
+    assert "heartbeat: 1 of 1, 0 waiting" in office.line(screen, "/lanes", "cron jobs")
+    office.line(screen, "/stop heartbeat", "1 tasks are stopped")
+    beat.set()
+    office.line(screen, "/heartbeat", re.compile("not due"))
+    until(lambda: "stopped" in office.line(screen, "/heartbeat", "not due"))
+    office.line(screen, "/lanes", "heartbeat: 0 of 1, 0 waiting")
+    beat.clear()
+    office.line(screen, "/trigger", "it runs as soon")  # its thread is still there
+    until(lambda: sum(text.startswith("Nobody") for text in office.asked) == 2)
+    beat.set()
+    office.down()
+
+
+@since("s10")
+def test_all_commands_so_far_are_there_and_answer(section, office: Office):
+    before = [each for each in harness.sections() if each.label <= section.label]
+    wanted = {name for each in before for name in getattr(each.module, "COMMANDS", {})}
+    assert wanted <= set(section.module.COMMANDS)
+    screen = office.up()
+    for name in sorted(wanted):
+        before = len(screen.text)
+        screen.type(f"{name}\n")
+        screen.wait_for(f"{name}\n", 5)
+        screen.wait_for(PROMPT, 5)
+        shown = screen.text[before:].split(name, 1)[1]
+        assert len(shown.replace(PROMPT, "").strip()) > 3, (name, shown)
+        assert "is no command" not in shown, shown
+    office.line(screen, "hello", "heard hello")
+    office.down()

@@ -253,8 +253,7 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
         agent.messages.append(question, asked)
         return agent_turn(agent)
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
-        is_kept = isinstance(error, NoProfileLeft | Stopped)
-        if agent.messages[-1:] == [question] and not is_kept:
+        if agent.messages[-1:] == [question] and not isinstance(error, NoProfileLeft | Stopped):
             agent.messages.pop()
         agent.show(f"\n[{explain(error)}]")
         return ""
@@ -3632,7 +3631,7 @@ class HeartbeatRunner:
         try:
             self.log.record("beat", at=self.clock.now())
             text = self.app.think("heartbeat", f"{HEARTBEAT}\n\n{self.checks()}")
-        except Exception as error:  # it is no message to anybody; the next beat tries again
+        except (Exception, KeyboardInterrupt) as error:  # no message to anybody; the next one tries
             self.result = f"failed: {explain(error)}"
             self.app.report("heartbeat", f"heartbeat {self.result}")
             return self.result
@@ -3923,7 +3922,7 @@ class CronService:
             self.log.record("start", job=job.id, at=self.clock.now())
             try:
                 text = self.perform(job)
-            except Exception as failure:  # whatever it is, the job has failed
+            except (Exception, KeyboardInterrupt) as failure:  # whatever it is, the job has failed
                 error = explain(failure)
             try:
                 if text:
@@ -4847,14 +4846,15 @@ class LaneQueue:
         with self.commands.lock:
             if self.busy():
                 return False
-            self.visitor = Task(running=True)
-            self.hold(self.visitor)
+            self.commands.here.task = Task(running=True)
+            self.hold(self.commands.here.task)
             return True
 
     def release(self) -> None:
         """Give back what `attempt` took."""
         with self.commands.lock:
-            self.commands.leave(self.visitor)
+            self.commands.leave(self.commands.here.task)
+            self.commands.here.task = None
 
     def __str__(self) -> str:
         running = sum(task.running for task in self.active)
@@ -5101,9 +5101,7 @@ def reset_lanes(agent: Agent, rest: str) -> str:
     return f"{agent.app.lanes.reset()} tasks were let go; what waited goes on"
 
 
-@command(
-    "/stop [lane]", "end what runs in your session (here: in all, or a lane) between two steps"
-)
+@command("/stop [lane]", "end what runs in your session (here: all, or a lane) between two steps")
 def stop_turns(agent: Agent, rest: str) -> str:
     lanes = agent.app.lanes
     with lanes.lock:
