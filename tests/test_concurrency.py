@@ -1335,3 +1335,19 @@ def test_all_commands_so_far_are_there_and_answer(section, office: Office):
         assert "is no command" not in shown, shown
     office.line(screen, "hello", "heard hello")
     office.down()
+
+
+@since("s10")
+def test_no_tool_begins_while_the_program_ends(office: Office, workspace: Path):
+    """The command that still runs is ended; the next call of the same answer does not begin."""
+    office.up(**APPROVED)
+    office.telegram.hang("sendMessage", 5, times=9)
+    office.say("102", "hello")
+    office.say(
+        "101", "bash echo a >> a.txt; sleep 20 ;; echo c >> c.txt; sleep 20; echo d >> d.txt"
+    )
+    until((workspace / "a.txt").exists)
+    until(lambda: "to User 102: heard hello" in office.screens[-1].text)
+    office.down(within=2.5)
+    time.sleep(0.5)
+    assert not (workspace / "c.txt").exists()

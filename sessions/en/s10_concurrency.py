@@ -1820,6 +1820,7 @@ class App:
         """End the process, whatever its threads do: inbox and queue hold what is not done."""
         latest = time.monotonic() + DRAIN
         self.lanes.drain(DRAIN)
+        self.lanes.lock.acquire()  # for ever: no turn takes another step
         for process in list(RUNNING):
             kill(process)
         self.delivery.close(max(latest - time.monotonic(), 0.2))  # a text on its way may arrive
@@ -5016,9 +5017,10 @@ class CommandQueue:
     def check(self) -> None:
         """Raise Stopped, once, if somebody ended what this thread runs."""
         task = getattr(self.here, "task", None)
-        if task and task.stopped:
-            task.stopped = False
-            raise Stopped
+        with self.lock:
+            if task and task.stopped:
+                task.stopped = False
+                raise Stopped
 
     def stop(self, *names: str) -> int:
         """End what runs in some lanes between two steps. Returns how many that are."""
@@ -5091,9 +5093,8 @@ def set_concurrency(agent: Agent, rest: str) -> str:
 
 @command("/generation", "how many resets the lanes have seen")
 def show_generation(agent: Agent, rest: str) -> str:
-    with agent.app.lanes.lock:
-        lanes = agent.app.lanes.lanes.values()
-        return "\n".join(f"{lane.name}: generation {lane.generation}" for lane in lanes)
+    lanes = list(agent.app.lanes.lanes.values())
+    return "\n".join(f"{lane.name}: generation {lane.generation}" for lane in lanes)
 
 
 @command("/reset", "let go of all that runs: what waits goes on at once")
@@ -5104,8 +5105,7 @@ def reset_lanes(agent: Agent, rest: str) -> str:
 @command("/stop [lane]", "end what runs in your session (here: all, or a lane) between two steps")
 def stop_turns(agent: Agent, rest: str) -> str:
     lanes = agent.app.lanes
-    with lanes.lock:
-        number = lanes.stop(*([rest] if rest else list(lanes.lanes)))
+    number = lanes.stop(*([rest] if rest else list(lanes.lanes)))
     return f"{number} tasks are stopped" if number else "nothing runs"
 
 
