@@ -225,8 +225,10 @@ def call_model(agent: Agent) -> tuple[dict, str]:
 def agent_turn(agent: Agent) -> str:
     """Answer the last message of the history. Returns the answer, or raises OpenAIError."""
     for rounds in range(1, MAX_ROUNDS + 1):
-        message, finish_reason = agent.app.resilience.call(agent)
-        agent.app.lanes.check()
+        try:
+            message, finish_reason = agent.app.resilience.call(agent)
+        finally:
+            agent.app.lanes.check()
         agent.messages.append(message)
         if not message.get("tool_calls"):
             break
@@ -253,7 +255,7 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
         agent.messages.append(question, asked)
         return agent_turn(agent)
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
-        if agent.messages[-1:] == [question] and not isinstance(error, NoProfileLeft):
+        if agent.messages[-1:] == [question] and not isinstance(error, NoProfileLeft | Stopped):
             agent.messages.pop()
         agent.show(f"\n[{explain(error)}]")
         return ""
@@ -938,6 +940,7 @@ class ContextGuard:
                 ask = {"role": "user", "content": f"{SUMMARIZE}\n\n{summary}\n\n{piece}"}
                 helper = replace(agent, messages=[ask], tools=[], show=lambda text: None)
                 message, finish_reason = call_model(helper)
+                agent.app.lanes.check()
                 if "tool_calls" in message or finish_reason == "content_filter":
                     raise openai.OpenAIError("the model gave none")
                 summary = cut_tokens(message["content"], window // 8)
@@ -1831,6 +1834,7 @@ class App:
         """End the process, whatever its threads do: inbox and queue hold what is not done."""
         latest = time.monotonic() + DRAIN
         self.lanes.drain(DRAIN)
+        self.lanes.lock.acquire()  # for ever: no turn takes another step
         for process in list(RUNNING):
             kill(process)
         self.delivery.close(max(latest - time.monotonic(), 0.2))  # a text on its way may arrive
@@ -1895,7 +1899,9 @@ class App:
             agent.show = show_piece
             self.gateway.begin(agent, message)
             self.note_owner(message)
-            if command not in FROM_AFAR or not run_command(agent, message.text):
+            if command in FROM_AFAR and run_command(agent, message.text):
+                self.sessions[agent.key] = agent.messages
+            else:
                 self.recall(agent, message)
                 window = agent.guard.limit(agent)
                 text = answer(agent, message.said, message.ids[0])
@@ -1903,7 +1909,6 @@ class App:
                     agent.system = self.system_prompt(agent, message)  # a refusal taught how small
                     self.recall(agent, message)
                     text = answer(agent, message.said, message.ids[0])
-            self.sessions[agent.key] = agent.messages
             told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
             if channel is not self.cli:
                 self.reply(message, told)
@@ -3642,7 +3647,7 @@ class HeartbeatRunner:
         try:
             self.log.record("beat", at=self.clock.now())
             text = self.app.think("heartbeat", f"{HEARTBEAT}\n\n{self.checks()}")
-        except Exception as error:  # it is no message to anybody; the next beat tries again
+        except (Exception, KeyboardInterrupt) as error:  # no message to anybody; the next one tries
             self.result = f"failed: {explain(error)}"
             self.app.report("heartbeat", f"heartbeat {self.result}")
             return self.result
@@ -3933,7 +3938,7 @@ class CronService:
             self.log.record("start", job=job.id, at=self.clock.now())
             try:
                 text = self.perform(job)
-            except Exception as failure:  # whatever it is, the job has failed
+            except (Exception, KeyboardInterrupt) as failure:  # whatever it is, the job has failed
                 error = explain(failure)
             try:
                 if text:
@@ -4837,11 +4842,12 @@ class Stopped(KeyboardInterrupt):
 class Ticket(Future):
     """The result of a task, now or later."""
 
-    is_watched = False
+    is_watched, wake = False, int
 
     def add_done_callback(self, function: Callable[[Future], object]) -> None:
         self.is_watched = True
         super().add_done_callback(function)
+        self.wake()  # its thread may be on the way to call the function: another goes on
 
 
 @dataclass(eq=False, slots=True)
@@ -4887,14 +4893,15 @@ class LaneQueue:
         with self.commands.lock:
             if self.busy():
                 return False
-            self.visitor = Task(running=True)
-            self.hold(self.visitor)
+            self.commands.here.task = Task(running=True)
+            self.hold(self.commands.here.task)
             return True
 
     def release(self) -> None:
         """Give back what `attempt` took."""
         with self.commands.lock:
-            self.commands.leave(self.visitor)
+            self.commands.leave(self.commands.here.task)
+            self.commands.here.task = None
 
     def __str__(self) -> str:
         running = sum(task.running for task in self.active)
@@ -4984,11 +4991,12 @@ class CommandQueue:
 
     def wake(self) -> None:
         """See to it that a thread takes what is ready; that one wakes the next."""
-        if self.ready and self.idle:
-            self.work.notify()
-        elif self.ready and self.threads < MAX_WORKERS:
-            self.threads += 1
-            in_thread(self.run_tasks)
+        with self.lock:
+            if self.ready and self.idle:
+                self.work.notify()
+            elif self.ready and self.threads < MAX_WORKERS:
+                self.threads += 1
+                in_thread(self.run_tasks)
 
     def take(self) -> Task | None:
         """The next task that is ready, for this thread to run; if there are more, one is woken."""
@@ -5015,20 +5023,18 @@ class CommandQueue:
 
     def run_tasks(self) -> None:
         """A worker's thread: whatever a task raises is its future's."""
-        following = None
-        while task := following or self.wait():
+        while task := self.wait():
             self.here.task, result, error = task, None, None
             try:
                 result = task.function(*task.arguments)
             except BaseException as failure:
                 error = failure
-            self.here.task, following = None, None
+            self.here.task = None
             with self.lock:  # first the lanes are free, then the result is seen
                 self.leave(task)
+                task.future.wake = self.wake
                 if task.future.is_watched:
                     self.wake()  # who watches may take long: another thread goes on
-                else:
-                    following = self.take()
             if error is None:
                 task.future.set_result(result)
             else:
@@ -5057,9 +5063,10 @@ class CommandQueue:
     def check(self) -> None:
         """Raise Stopped, once, if somebody ended what this thread runs."""
         task = getattr(self.here, "task", None)
-        if task and task.stopped:
-            task.stopped = False
-            raise Stopped
+        with self.lock:
+            if task and task.stopped:
+                task.stopped = False
+                raise Stopped
 
     def stop(self, *names: str) -> int:
         """End what runs in some lanes between two steps. Returns how many that are."""
@@ -5097,8 +5104,9 @@ class CommandQueue:
         """Begin nothing more, and wait so long for what runs."""
         with self.lock:
             self.closed = True
-            lanes = self.lanes.values()
-            self.quiet.wait_for(lambda: not any(lane.active for lane in lanes), seconds)
+            self.ready.clear()
+            active = [task for lane in self.lanes.values() for task in lane.active]
+            self.quiet.wait_for(lambda: not any(t.held for t in active if t.running), seconds)
 
 
 def find_lane(agent: Agent, name: str) -> LaneQueue:
@@ -5131,9 +5139,8 @@ def set_concurrency(agent: Agent, rest: str) -> str:
 
 @command("/generation", "how many resets the lanes have seen")
 def show_generation(agent: Agent, rest: str) -> str:
-    with agent.app.lanes.lock:
-        lanes = agent.app.lanes.lanes.values()
-        return "\n".join(f"{lane.name}: generation {lane.generation}" for lane in lanes)
+    lanes = list(agent.app.lanes.lanes.values())
+    return "\n".join(f"{lane.name}: generation {lane.generation}" for lane in lanes)
 
 
 @command("/reset", "let go of all that runs: what waits goes on at once")
@@ -5141,13 +5148,10 @@ def reset_lanes(agent: Agent, rest: str) -> str:
     return f"{agent.app.lanes.reset()} tasks were let go; what waited goes on"
 
 
-@command(
-    "/stop [lane]", "end what runs in your session (here: in all, or a lane) between two steps"
-)
+@command("/stop [lane]", "end what runs in your session (here: all, or a lane) between two steps")
 def stop_turns(agent: Agent, rest: str) -> str:
     lanes = agent.app.lanes
-    with lanes.lock:
-        number = lanes.stop(*([rest] if rest else list(lanes.lanes)))
+    number = lanes.stop(*([rest] if rest else list(lanes.lanes)))
     return f"{number} tasks are stopped" if number else "nothing runs"
 
 
