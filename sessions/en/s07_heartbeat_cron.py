@@ -4045,7 +4045,7 @@ def trigger_job(agent: Agent, name: str) -> str:
     if job.id in cron.active:
         raise ValueError(f"{job.id} is running or waiting to run")
     cron.begin(job)
-    return "it runs as soon as nobody is being answered"
+    return "it runs as soon as its lane is free"
 
 
 @command("/cron-preview <id>", "the next five times of a job")
