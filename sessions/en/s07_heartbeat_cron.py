@@ -3783,7 +3783,7 @@ def in_thread(function: Callable, *args: object) -> None:
 
 
 class CronService:
-    """Runs the jobs of CRON.json when they are due, each once, and in a thread of its own."""
+    """Runs the jobs of CRON.json when they are due, each once; its own thread only looks when."""
 
     def __init__(
         self, app: "App", clock: Clock, log: RunLog, spawn: Callable | None = None

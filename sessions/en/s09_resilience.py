@@ -3786,7 +3786,7 @@ def in_thread(function: Callable, *args: object) -> None:
 
 
 class CronService:
-    """Runs the jobs of CRON.json when they are due, each once, and in a thread of its own."""
+    """Runs the jobs of CRON.json when they are due, each once; its own thread only looks when."""
 
     def __init__(
         self, app: "App", clock: Clock, log: RunLog, spawn: Callable | None = None
@@ -4048,7 +4048,7 @@ def trigger_job(agent: Agent, name: str) -> str:
     if job.id in cron.active:
         raise ValueError(f"{job.id} is running or waiting to run")
     cron.begin(job)
-    return "it runs as soon as nobody is being answered"
+    return "it runs as soon as its lane is free"
 
 
 @command("/cron-preview <id>", "the next five times of a job")

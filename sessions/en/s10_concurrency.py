@@ -251,6 +251,7 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
         if asked and asked == agent.messages.asked:  # a crash cut off the turn: go on with it
             last = agent.messages[-1]
             return last["content"] if last["role"] == "assistant" else agent_turn(agent)
+        agent.app.lanes.check()
         close_turn(agent.messages)
         agent.messages.append(question, asked)
         return agent_turn(agent)
@@ -3806,7 +3807,7 @@ def in_thread(function: Callable, *args: object) -> None:
 
 
 class CronService:
-    """Runs the jobs of CRON.json when they are due, each once, and in a thread of its own."""
+    """Runs the jobs of CRON.json when they are due, each once; its own thread only looks when."""
 
     def __init__(
         self, app: "App", clock: Clock, log: RunLog, spawn: Callable | None = None
@@ -4057,7 +4058,7 @@ def trigger_job(agent: Agent, name: str) -> str:
     if job.id in cron.active:
         raise ValueError(f"{job.id} is running or waiting to run")
     cron.begin(job)
-    return "it runs as soon as nobody is being answered"
+    return "it runs as soon as its lane is free"
 
 
 @command("/cron-preview <id>", "the next five times of a job")
@@ -4922,7 +4923,7 @@ class CommandQueue:
         self.kept = set(LANES)
         self.ready: deque[Task] = deque()
         self.here = threading.local()
-        self.threads = self.idle = 0
+        self.threads = self.idle = self.starting = 0
         self.closed = False
 
     def lane(self, name: str) -> LaneQueue:
@@ -4994,8 +4995,9 @@ class CommandQueue:
         with self.lock:
             if self.ready and self.idle:
                 self.work.notify()
-            elif self.ready and self.threads < MAX_WORKERS:
+            elif len(self.ready) > self.starting and self.threads < MAX_WORKERS:
                 self.threads += 1
+                self.starting += 1
                 in_thread(self.run_tasks)
 
     def take(self) -> Task | None:
@@ -5023,6 +5025,8 @@ class CommandQueue:
 
     def run_tasks(self) -> None:
         """A worker's thread: whatever a task raises is its future's."""
+        with self.lock:
+            self.starting -= 1
         while task := self.wait():
             self.here.task, result, error = task, None, None
             try:
@@ -5071,7 +5075,7 @@ class CommandQueue:
     def stop(self, *names: str) -> int:
         """End what runs in some lanes between two steps. Returns how many that are."""
         with self.lock:
-            tasks = [t for n in names if n in self.lanes for t in self.lanes[n].active if t.running]
+            tasks = {t for n in names if n in self.lanes for t in self.lanes[n].active if t.running}
             for task in tasks:
                 task.stopped = True
         return len(tasks)
