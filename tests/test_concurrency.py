@@ -257,6 +257,17 @@ def test_a_cancelled_task_lets_go_of_the_lane_that_it_waits_in(lanes):
 
 
 @since("s10")
+def test_who_comes_in_place_of_a_cancelled_task_overtakes_nobody(lanes):
+    full = [begin(lanes, "main") for _ in range(4)]
+    first, other = begin(lanes, "s", "main"), begin(lanes, "t", "main", label="other")
+    second = begin(lanes, "s", "main", label="second")
+    assert all(job.runs() for job, _ in full) and first[1].cancel()
+    finish(full[0])
+    assert other[0].runs() and not second[0].began.is_set()
+    assert finish(other, second, *full)[:2] == ["other", "second"]
+
+
+@since("s10")
 def test_raised_and_lowered_while_tasks_run(lanes):
     jobs = [begin(lanes, "main") for _ in range(20)]
     until(lambda: sum(job.began.is_set() for job, _ in jobs) == 4)
