@@ -154,6 +154,11 @@ def test_when_the_result_is_seen_the_lane_is_free(lanes):
     for number in range(2000):
         lanes.enqueue(["a", "main"], int).result(LONG)
         assert counts(lanes, "main") == (0, 0) and "a" not in names(lanes), number
+    seen: list[tuple] = []
+    job, future = begin(lanes, "a", "main")
+    future.add_done_callback(lambda _: seen.append((counts(lanes, "main"), counts(lanes, "a"))))
+    finish((job, future))
+    until(lambda: seen == [((0, 0), (0, 0))])
 
 
 @since("s10")
@@ -171,6 +176,7 @@ def test_a_callback_may_wait_for_the_lanes_to_be_idle(lanes):
         told.append("idle")
 
     first = begin(lanes, "one")
+    assert first[0].runs()
     first[1].add_done_callback(idle)
     behind = [lanes.enqueue(["one"], int) for _ in range(20)]
     finish(first)
@@ -182,7 +188,9 @@ def test_a_callback_may_wait_for_the_lanes_to_be_idle(lanes):
 def test_a_callback_that_comes_at_the_last_moment_may_wait_too(lanes):
     """Nor does it matter in which moment of a task's end somebody begins to watch it."""
     ending, watched, told = threading.Event(), threading.Event(), []
-    first, behind = begin(lanes, "one"), begin(lanes, "one")
+    first = begin(lanes, "one")
+    assert first[0].runs()
+    behind = begin(lanes, "one")
     give = first[1].set_result
 
     def late(result: object) -> None:
@@ -235,6 +243,7 @@ def test_a_cancelled_task_does_not_run_and_blocks_nobody(lanes):
 @since("s10")
 def test_a_cancelled_task_lets_go_of_the_lane_that_it_waits_in(lanes):
     """It has its session's lane and waits for main; the next of its session takes its place."""
+    lanes.reset()
     full = [begin(lanes, "main") for _ in range(4)]
     assert all(job.runs() for job, _ in full)
     first, second = begin(lanes, "s", "main"), begin(lanes, "s", "main", label="second")
@@ -245,6 +254,17 @@ def test_a_cancelled_task_lets_go_of_the_lane_that_it_waits_in(lanes):
     assert finish(second) == ["second"]
     finish(*full)
     assert counts(lanes, "main") == (0, 0) and "s" not in names(lanes)
+
+
+@since("s10")
+def test_who_comes_in_place_of_a_cancelled_task_overtakes_nobody(lanes):
+    full = [begin(lanes, "main") for _ in range(4)]
+    first, other = begin(lanes, "s", "main"), begin(lanes, "t", "main", label="other")
+    second = begin(lanes, "s", "main", label="second")
+    assert all(job.runs() for job, _ in full) and first[1].cancel()
+    finish(full[0])
+    assert other[0].runs() and not second[0].began.is_set()
+    assert finish(other, second, *full)[:2] == ["other", "second"]
 
 
 @since("s10")
@@ -514,6 +534,17 @@ def test_a_reset_goes_on_with_those_who_wait_in_both_lanes(lanes):
     wait([future for _, future in (*full, *between)], LONG)
     assert between[2][1].exception() is None and "s" not in names(lanes)
     assert counts(lanes, "main") == (0, 0)
+
+
+@since("s10")
+def test_who_waited_through_a_reset_leaves_its_lanes_as_ever(lanes):
+    full = [begin(lanes, "main") for _ in range(4)]
+    assert all(job.runs() for job, _ in full)
+    waited = [begin(lanes, "t", "main", label=number) for number in range(2)]
+    assert lanes.reset() == 4
+    assert finish(*waited) == [0, 1] and "t" not in names(lanes)
+    for job, _ in full:
+        job.go.set()
 
 
 @since("s10")
@@ -1193,15 +1224,19 @@ def test_a_binding_that_changes_while_a_message_waits(office: Office, workspace:
     office.say("101", "third")
     time.sleep(0.2)
     bind(office, "luna", channel="telegram", peer="101")
-    office.say("101", "fourth")
-    office.wait("101", "heard fourth")
+    office.say("101", "wait b")
+    office.asking("wait b")
     office.gates["a"].set()
-    office.wait("101", "heard fourth", "heard wait a", "heard second", "heard third")
+    office.wait("101", "heard wait a")
+    time.sleep(0.3)
+    assert "second" not in office.asked
+    office.gates["b"].set()
+    office.wait("101", "heard wait a", "heard wait b", "heard second", "heard third")
     keys = {key: [m["content"] for m in found] for key, found in office.sessions().items()}
     (mine,) = [texts for key, texts in keys.items() if key.startswith("agent:main:telegram")]
     (hers,) = [texts for key, texts in keys.items() if key.startswith("agent:luna:telegram")]
     assert mine == ["wait a", "heard wait a"]
-    assert [text for text in hers if "heard" not in text] == ["fourth", "second", "third"]
+    assert [text for text in hers if "heard" not in text] == ["wait b", "second", "third"]
     office.down()
 
 
