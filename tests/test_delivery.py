@@ -147,7 +147,8 @@ class Bench:
     def command(self, line: str) -> str:
         """What a command of the terminal says."""
         name, _, rest = line.partition(" ")
-        agent = SimpleNamespace(app=SimpleNamespace(delivery=self.queue))
+        profiles = SimpleNamespace(stats=lambda: "")  # from s09 on
+        agent = SimpleNamespace(app=SimpleNamespace(delivery=self.queue, profiles=profiles))
         return self.module.COMMANDS[name][2](agent, rest)
 
     def error(self, told: str = "it does not answer", **about: object) -> Exception:

@@ -108,6 +108,7 @@ class Bench:
         self.profiles = module.ProfileManager(agent, self.clock.now)
         self.runner = module.ResilienceRunner(self.profiles, self.clock.sleep)
         agent.app = SimpleNamespace(profiles=self.profiles, resilience=self.runner, agent=agent)
+        agent.app.lanes = SimpleNamespace(check=lambda: None)  # of s10
         self.fresh()
 
     def fresh(self) -> None:
