@@ -21,7 +21,7 @@ import harness
 import pytest
 import test_gateway
 from fake_feishu import FakeFeishu
-from fake_model import Drop
+from fake_model import Error
 from fake_model import FakeModel
 from fake_model import Gate
 from fake_model import Stall
@@ -849,7 +849,7 @@ class Office(test_gateway.Desk):
         if "tools" not in body:
             return Gate(self.gate_of("late"), Text("in short"))
         if verb == "broken":
-            return Gate(self.broken or self.gate_of(rest), answer if self.broken else Drop(1))
+            return Gate(self.broken or self.gate_of(rest), answer if self.broken else Error(400))
         if messages[-1]["role"] == "tool":
             return Text(f"done {last[:200]}")
         if verb == "bash":
@@ -957,8 +957,8 @@ def test_twenty_people_are_answered_four_at_a_time(office: Office, record_proper
     everybody = [*office.people, *office.guests, *(f"web{number}" for number in range(6))]
     office.up()
     began = time.monotonic()
-    for round in range(rounds):
-        for who in everybody:
+    for who in everybody:
+        for round in range(rounds):
             office.say(who, f"{who} says {round}")
     ideal = len(everybody) * rounds / 4
     expected = [f"heard {{}} says {round}" for round in range(rounds)]
