@@ -165,7 +165,11 @@ def explain(error: BaseException) -> str:
     body = getattr(error, "body", None)
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
-    return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
+    line = " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
+    keys = [v for name, v in os.environ.items() if "_API_KEY" in name and len(v) > 9]
+    for key in keys:  # some servers repeat it, and others may read this
+        line = line.replace(key.strip(), "***")
+    return line
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -1823,6 +1827,7 @@ class App:
 
     def stop(self, status: int) -> NoReturn:
         """End the process, whatever its threads do: what is not done is in the inbox."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # to press Ctrl-C once is enough
         for process in list(RUNNING):
             kill(process)
         latest = time.monotonic() + 0.8

@@ -167,7 +167,11 @@ def explain(error: BaseException) -> str:
     body = getattr(error, "body", None)
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
-    return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
+    line = " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
+    keys = [v for name, v in os.environ.items() if "_API_KEY" in name and len(v) > 9]
+    for key in keys:  # some servers repeat it, and others may read this
+        line = line.replace(key.strip(), "***")
+    return line
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -1815,6 +1819,7 @@ class App:
 
     def stop(self, status: int) -> NoReturn:
         """End the process, whatever its threads do: inbox and queue hold what is not done."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # to press Ctrl-C once is enough
         for process in list(RUNNING):
             kill(process)
         self.delivery.close(0.8)  # a text that is on its way may arrive
@@ -4141,7 +4146,7 @@ class DeliveryQueue:
                     self.sent[delivery.id] = None
                     self.leave(delivery)
             case {"type": "retry", "tries": int(tries), "error": str(error)} if delivery:
-                wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # 0 for what is no number
+                wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # NaN becomes 0
                 left = min(max(0, record.get("at", 0) + wait - time.time()), wait)
                 delivery.tries, delivery.error = max(tries, 0), error
                 delivery.due = self.now() + left
@@ -4209,10 +4214,12 @@ class DeliveryQueue:
                 records.append({"type": "retry", **about, "wait": wait, "at": time.time()})
         path = self.journal.path
         del self.journal  # that closes it: Windows replaces no file that is open
-        with suppress(OSError):  # of a full disk: it can wait
-            rewrite_journal(path, records)
-            self.owed = []
-        self.journal = Journal(path)
+        try:
+            with suppress(OSError):  # of a full disk: it can wait
+                rewrite_journal(path, records)
+                self.owed = []
+        finally:  # at Ctrl-C, too
+            self.journal = Journal(path)
 
     def has(self, name: str) -> bool:
         """Whether a text with this id was taken before."""

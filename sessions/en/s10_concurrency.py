@@ -172,7 +172,11 @@ def explain(error: BaseException) -> str:
     body = getattr(error, "body", None)
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
-    return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
+    line = " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
+    keys = [v for name, v in os.environ.items() if "_API_KEY" in name and len(v) > 9]
+    for key in keys:  # some servers repeat it, and others may read this
+        line = line.replace(key.strip(), "***")
+    return line
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -191,7 +195,11 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         model="", messages=[], stream=stream, extra_body=request
     )
     if stream and "json" in reply.response.headers.get("content-type", ""):
-        raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
+        told = reply.response.read().decode()
+        failure = openai.OpenAIError(f"HTTP 200, but no stream: {told}")
+        with suppress(LookupError, TypeError, ValueError):
+            failure.code = json.loads(told)["error"]["code"]
+        raise failure
     text, finish_reason = "", None
     calls, thoughts = [], ""
     for chunk in reply if stream else [reply]:
@@ -1833,6 +1841,7 @@ class App:
 
     def stop(self, status: int) -> NoReturn:
         """End the process, whatever its threads do: inbox and queue hold what is not done."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # to press Ctrl-C once is enough
         latest = time.monotonic() + DRAIN
         self.lanes.drain(DRAIN)
         self.lanes.lock.acquire()  # for ever: no turn takes another step
@@ -3650,7 +3659,8 @@ class HeartbeatRunner:
             text = self.app.think("heartbeat", f"{HEARTBEAT}\n\n{self.checks()}")
         except (Exception, KeyboardInterrupt) as error:  # no message to anybody; the next one tries
             self.result = f"failed: {explain(error)}"
-            self.app.report("heartbeat", f"heartbeat {self.result}")
+            lasting = re.sub(r", again in \d+ s", "", self.result)  # told once, not at each beat
+            self.app.report("heartbeat", f"heartbeat {lasting}")
             return self.result
         finally:
             self.lane.release()
@@ -4160,7 +4170,7 @@ class DeliveryQueue:
                     self.sent[delivery.id] = None
                     self.leave(delivery)
             case {"type": "retry", "tries": int(tries), "error": str(error)} if delivery:
-                wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # 0 for what is no number
+                wait = max(0, min(record.get("wait", 0), LONGEST_WAIT))  # NaN becomes 0
                 left = min(max(0, record.get("at", 0) + wait - time.time()), wait)
                 delivery.tries, delivery.error = max(tries, 0), error
                 delivery.due = self.now() + left
@@ -4228,10 +4238,12 @@ class DeliveryQueue:
                 records.append({"type": "retry", **about, "wait": wait, "at": time.time()})
         path = self.journal.path
         del self.journal  # that closes it: Windows replaces no file that is open
-        with suppress(OSError):  # of a full disk: it can wait
-            rewrite_journal(path, records)
-            self.owed = []
-        self.journal = Journal(path)
+        try:
+            with suppress(OSError):  # of a full disk: it can wait
+                rewrite_journal(path, records)
+                self.owed = []
+        finally:  # at Ctrl-C, too
+            self.journal = Journal(path)
 
     def has(self, name: str) -> bool:
         """Whether a text with this id was taken before."""
@@ -4553,7 +4565,9 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
             return REASONS_BY_CODE[name]
     if "'reason': 'API_KEY_INVALID'" in str(getattr(error, "body", "")):  # Gemini's is a 400
         return FailoverReason.AUTH
-    if status == 403 and "'flagged_input': " in str(error.body):  # OpenRouter's moderation
+    if status == 403 and "'flagged_input': " in str(
+        getattr(error, "body", error)
+    ):  # OpenRouter's moderation
         return FailoverReason.FORMAT
     if status == 402 and retry_after(error):  # OpenRouter's budget for what runs at one time
         return FailoverReason.RATE_LIMIT
@@ -4617,7 +4631,7 @@ class ProfileManager:
         server = agent.client.base_url
         keys = [each for each in self.profiles if each.key == each.name]
         same = [each for each in keys if each.client.base_url == server]
-        for model in os.getenv("FALLBACK_MODELS", "").replace(",", " ").split():
+        for model in dict.fromkeys(os.getenv("FALLBACK_MODELS", "").replace(",", " ").split()):
             for each in same:
                 name, settings = f"{each.name}/{model}", each.settings | {"model": model}
                 self.profiles.append(AuthProfile(name, each.key, each.client, settings))
@@ -4630,14 +4644,17 @@ class ProfileManager:
             return None
         try:
             settings = {} | json.loads(options or "{}") | ({"model": model} if model else {})
-            client = agent.client
-            if key or url:  # no server gets another's key
-                client = client.with_options(api_key=key or "none", base_url=url or client.base_url)
+            client = agent.client.with_options(base_url=url or agent.client.base_url)
+            is_other = client.base_url != agent.client.base_url
+            if key or is_other:  # no server gets another's key, nor the account it belongs to
+                client = client.with_options(api_key=key or "none")
+            if is_other:
+                client.organization = client.project = None
             if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
-                raise ValueError("the key or the URL is none")
+                raise ValueError("a key has no blanks, a URL begins with http:// and names a host")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
-        return AuthProfile(name, name if key or url else "1", client, settings)
+        return AuthProfile(name, name if key or is_other else "1", client, settings)
 
     def order(self) -> list[AuthProfile]:
         """Those that need not rest, then those that a server did not tell to, as it ends."""
@@ -4807,6 +4824,7 @@ def show_profiles(agent: Agent, rest: str) -> str:
     for profile in agent.app.profiles.profiles:
         calls = ", ".join(f"{number} {name}" for name, number in profile.calls.items())
         lines.append(f"{profile} - {calls or 'not called yet'}")
+        lines += [f"   its last error: {profile.error}"] if profile.error else []
     return "\n".join(lines)
 
 
