@@ -54,7 +54,7 @@ class Desk:
         if verb == "wait":
             return Gate(self.gate, Text(f"heard {words}"))
         if verb == "fail":
-            return Error(500)
+            return Error(422)
         if verb == "long":
             return Text(rest[:1] * int(rest[1:]), pieces=[rest[:1] * int(rest[1:])])
         if verb == "bash" and messages[-1]["role"] != "tool":
@@ -429,7 +429,7 @@ def test_strangers(desk: Desk):
 def test_a_turn_that_fails_and_a_new_session(desk: Desk):
     """The person is told, the next question works; /new works from afar, too."""
     desk.up()
-    assert "500" in desk.ask("fail").text
+    assert "422" in desk.ask("fail").text
     assert desk.ask("one").text == "heard one"
     assert "session" in desk.ask("/new").text
     assert desk.ask("two").text == "heard two"

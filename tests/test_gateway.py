@@ -146,7 +146,7 @@ class Desk:
         if verb == "wait":
             return Gate(self.gate, Text(f"heard {last}"), after_chunks=2)
         if verb == "fail":
-            return Error(500)
+            return Error(422)
         if verb == "long":
             return Text("", pieces=[rest[:1] * 100_000] * int(rest[1:]))
         if messages[-1]["role"] != "tool":

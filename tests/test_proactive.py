@@ -382,7 +382,7 @@ class Brain:
         kind = "beat" if text.startswith(WAKE) else text
         answer = self.beat if kind == "beat" else f"heard {text}"
         if "fail" in text:
-            return Error(500)
+            return Error(422)
         gate = next((gate for key, gate in self.gates.items() if key in kind), None)
         return Gate(gate, Text(answer)) if gate else Text(answer)
 

@@ -92,7 +92,7 @@ class Bench:
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(folder)
         self.shown: list[str] = []
-        url, timeout = env.get("OPENAI_BASE_URL", "http://127.0.0.1:9/v1"), 0.3
+        url, timeout = env.get("OPENAI_BASE_URL", "http://127.0.0.1:9/v1"), 0.5
         self.client = openai.OpenAI(
             api_key=KEYS[0], base_url=url, max_retries=0, timeout=openai.Timeout(timeout)
         )
@@ -255,8 +255,8 @@ IN_STREAM = [
     (Drop(0), "timeout"),
     (Drop(2), "timeout"),
     (Drop(2, "reset"), "timeout"),
-    (Stall(0, 0.6), "timeout"),
-    (Stall(2, 0.6), "timeout"),
+    (Stall(0, 1.0), "timeout"),
+    (Stall(2, 1.0), "timeout"),
 ]
 
 
@@ -389,7 +389,7 @@ BAD: dict[str, Callable[[], object]] = {
     "cut": lambda: Drop(2),
     "reset": lambda: Drop(0, "reset"),
     "overflow": lambda: Error(400, body=corpora.ERRORS["e400ctx"].body),
-    "stall": lambda: Stall(1, 0.8),
+    "stall": lambda: Stall(1, 1.0),
 }
 TELLS = {
     "401": "auth, again in ",

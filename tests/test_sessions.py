@@ -103,14 +103,14 @@ def brain(body: dict):
     if verb not in ("probe", "fail") and "tools" not in body:
         return Text("the summary")
     if messages[-1]["role"] == "tool":
-        return Error(500) if verb == "toolfail" else Text(f"done {rest}")
+        return Error(422) if verb == "toolfail" else Text(f"done {rest}")
     if verb in ("tools", "toolfail"):
         write = ("write_file", {"path": "made.txt", "content": rest or "x"})
         return ToolCalls([("bash", {"command": rest or "echo ran"}), write], text="let me")
     if verb == "read":
         return ToolCalls([("read_file", {"path": rest})])
     if verb in ("probe", "fail"):
-        return Error(500)
+        return Error(422)
     if verb == "hang":
         return Stall(2, 20, Text("never seen to its end"))
     return Text(f"heard {rest}")
@@ -235,7 +235,7 @@ def test_unknown_command_says_so_and_is_not_sent(desk: Desk, line: str):
 
 @since("s03")
 def test_an_error_in_a_command_is_one_line(desk: Desk):
-    desk.server.script("brain", [brain, Error(500, body=corpora.bare("out of order")), brain])
+    desk.server.script("brain", [brain, Error(422, body=corpora.bare("out of order")), brain])
     printed = desk.run("say one", "/compact", "say two")
     assert one_line(printed, "[", "out of order")
     assert contents(desk.sent()) == ["say one", "heard one", "say two"]
@@ -726,7 +726,7 @@ def small(url: str) -> Callable[[dict], object]:
 
     def answer(body: dict):
         if body["messages"][-1]["content"] == "probe":
-            return Error(500)
+            return Error(422)
         more = {"model": "offline-small", "stream": False}
         body = {key: value for key, value in body.items() if key != "stream_options"} | more
         headers = {"Authorization": "Bearer offline", "Content-Type": "application/json"}
@@ -938,7 +938,7 @@ def test_a_server_that_always_overflows(desk: Desk):
 @pytest.mark.parametrize("way", ["/compact", "say now"])
 def test_a_summary_that_fails_changes_nothing(desk: Desk, way: str):
     def answer(body: dict):
-        return brain(body) if "tools" in body else Error(500, body=corpora.bare("out of order"))
+        return brain(body) if "tools" in body else Error(422, body=corpora.bare("out of order"))
 
     desk.server.script("brain", [answer], repeat=True)
     said = [f"say {number} {'words ' * 100}" for number in range(20)]

@@ -127,7 +127,7 @@ def brain(body: dict):
     """Answers everything; fails or calls bash when it is told so."""
     said = words(body)
     if said.startswith("fail"):
-        return Error(500)
+        return Error(422)
     if said.startswith("bash") and body["messages"][-1]["role"] != "tool":
         return ToolCalls([("bash", {"command": f"echo {said} >> ran.txt"})])
     return Text(f"heard {said}")
