@@ -212,6 +212,7 @@ def test_stopping_to_wait_for_the_turn_of_another(post: Post, line: str):
     gate = threading.Event()
     post.model.script("brain", [Gate(gate, Text("at last")), brain], repeat=True)
     with post.screen() as screen:
+        drawn(screen, f"on, as @tutor_bot\n{PROMPT}")
         post.telegram.say("hello")
         post.model.wait(1)
         drawn(screen, f"hello\n{PROMPT}")
@@ -230,6 +231,7 @@ def test_what_needs_no_turn_waits_for_none(post: Post):
     gate = threading.Event()
     post.model.script("brain", [Gate(gate, Text("at last"))])
     with post.screen() as screen:
+        drawn(screen, f"on, as @tutor_bot\n{PROMPT}")
         post.telegram.say("hello")
         post.model.wait(1)
         drawn(screen, f"hello\n{PROMPT}")
