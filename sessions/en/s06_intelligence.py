@@ -756,8 +756,12 @@ class SessionStore:
 
     def files(self, key: str) -> list[Path]:
         """The sessions of a key on disk, the one used last first."""
-        files = sorted(self.folder.glob("*.jsonl"), key=lambda file: -file.stat().st_mtime)
-        return [file for file in files if read_header(file)["key"] == key]
+        times = {}
+        for file in self.folder.glob("*.jsonl"):
+            with suppress(OSError):  # it may be gone by now
+                if read_header(file)["key"] == key:
+                    times[file] = file.stat().st_mtime
+        return sorted(times, key=lambda file: -times[file])
 
     def read_index(self) -> dict[str, dict]:
         """What each key means; nothing when sessions.json is missing or damaged."""
