@@ -2083,7 +2083,9 @@ class App:
         agent.key, agent.approval = f"agent:{agent_id}:{name}", self.from_afar
         agent.store, agent.show = self.agents.store(agent_id), lambda piece: None
         agent.settings = self.settings | ({"model": config.model} if config.model else {})
-        file = agent.store.folder / f"{normalize_agent_id(name)}.jsonl"
+        safe = normalize_agent_id(name)
+        safe += f"-{zlib.crc32(name.encode()):08x}" * (safe != name)  # 早 and 晚 are not one
+        file = agent.store.folder / f"{safe}.jsonl"
         file.unlink(missing_ok=True)  # that of the last time
         agent.messages = Session(Journal(file))
         agent.messages.change({"type": "session", "version": 1, "key": agent.key, "label": name})
