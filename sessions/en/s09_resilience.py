@@ -4673,8 +4673,9 @@ class ProfileManager:
                 return  # another request may be fine
             lasts = reason in OF_THE_KEY or reason == FailoverReason.MODEL_NOT_FOUND
             table = LONG_COOLDOWNS if lasts else COOLDOWNS
-            told, rest = retry_after(error), table[min(profile.errors, len(table) - 1)]
-            profile.errors += 1
+            if profile.until <= self.now() or not profile.errors:  # else it is the same outage
+                profile.errors += 1
+            told, rest = retry_after(error), table[min(profile.errors, len(table)) - 1]
             profile.until, profile.is_told = self.now() + (told or rest), bool(told)
             for each in self.profiles if reason in OF_THE_KEY else ():
                 if each.key == profile.key:
