@@ -1386,3 +1386,102 @@ def test_no_tool_begins_while_the_program_ends(office: Office, workspace: Path):
     office.down(within=2.5)
     time.sleep(0.5)
     assert not (workspace / "c.txt").exists()
+
+
+# --- what readers broke ---
+
+
+@since("s10")
+def test_a_second_ctrl_c_does_not_cut_off_the_end(office: Office, workspace: Path):
+    """A command that a turn has begun ends with the program all the same."""
+    screen = office.up(**APPROVED)
+    office.say("101", "bash echo a >> a.txt; sleep 2; echo b >> b.txt")
+    until((workspace / "a.txt").exists)
+    screen.press("ctrl-c")
+    time.sleep(0.2)
+    screen.press("ctrl-c")
+    assert screen.wait_exit(5) == 0
+    assert "Traceback" not in screen.text
+    time.sleep(2)
+    assert not (workspace / "b.txt").exists()
+
+
+@since("s10")
+def test_a_second_stop_is_answered_too(office: Office):
+    office.up()
+    for number in range(10):
+        office.say("101", f"stream {number}")
+        office.asking(f"stream {number}")
+        for _ in range(3):
+            office.say("101", "/stop")
+        office.gate_of(str(number)).set()
+        until(lambda number=number: len(office.told("101")) == 4 * (number + 1))
+    office.down()
+    done = [json.loads(line) for line in (office.workspace / ".inbox.jsonl").open()]
+    assert {r["message"]["ids"][0] for r in done if r["type"] == "message"} == {
+        r["id"] for r in done if r["type"] == "done"
+    }
+
+
+@since("s10")
+def test_a_command_that_was_let_go_does_not_bring_its_session_back(office: Office):
+    """The summary of /compact comes when /new has been answered long ago."""
+    screen = office.up(CONTEXT_TOKENS="20000")
+    for number in range(4):
+        office.say("101", f"{number} " + "word " * 300)
+        until(lambda number=number: len(office.told("101")) == number + 1)
+    office.say("101", "/compact")
+    until(lambda: len(office.model.chats) == 5)
+    office.say("101", "/new")
+    office.line(screen, "/reset", "1 tasks were let go")
+    until(lambda: any(text.startswith("session ") for text in office.told("101")))
+    office.gate_of("late").set()
+    until(lambda: any("stopped" in text for text in office.told("101")))
+    office.say("101", "hello")
+    until(lambda: office.told("101")[-1] == "heard hello")
+    assert len(office.model.chats[-1].messages) == 2, "the prompt, and one question"
+    office.down()
+
+
+@since("s10")
+def test_resets_leave_threads_for_the_others(lanes, module):
+    """Each reset lets go of four that hang, more in all than there may be threads."""
+    hung = [[begin(lanes, "main") for _ in range(4)]]
+    for _ in range(module.MAX_WORKERS // 4 + 1):
+        assert all(job.began.wait(LONG) for job, _ in hung[-1])
+        lanes.reset()
+        hung.append([begin(lanes, "main") for _ in range(4)])
+    assert all(job.began.wait(LONG) for job, _ in hung[-1])
+    for job, _ in (pair for pairs in hung for pair in pairs):
+        job.go.set()
+    assert lanes.enqueue(["main"], max, 1, 2).result(LONG) == 2
+
+
+@since("s07")
+def test_session_files_that_go_while_they_are_listed(section, tmp_path: Path):
+    """Jobs remove theirs, as another thread looks for the session of a new person."""
+    store, over = section.module.SessionStore(tmp_path), threading.Event()
+    store.folder.mkdir(parents=True)
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            for name in "abc":
+                (store.folder / f"{name}.jsonl").write_text("{}\n")
+            for name in "abc":
+                (store.folder / f"{name}.jsonl").unlink()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert store.files("agent:main:telegram:default:direct:1") == []
+    finally:
+        over.set()
+        thread.join()
+
+
+@since("s04")
+def test_an_error_that_repeats_the_key_hides_it(section, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-very-secret-key")
+    told = section.module.explain(OSError("wrong key: sk-a-very-secret-key, sorry"))
+    assert "secret" not in told and told.endswith("***, sorry')") or told.endswith("***, sorry")

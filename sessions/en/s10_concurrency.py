@@ -266,7 +266,8 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
         if agent.messages[-1:] == [question] and not isinstance(error, NoProfileLeft | Stopped):
             agent.messages.pop()
-        agent.show(f"\n[{explain(error)}]")
+        with suppress(Stopped):  # once more
+            agent.show(f"\n[{explain(error)}]")
         return ""
 
 
@@ -1002,7 +1003,8 @@ def run_command(agent: Agent, text: str) -> bool:
     try:
         agent.show(COMMANDS[name][2](agent, text[len(name) :].strip()) + "\n")
     except (Exception, KeyboardInterrupt) as error:
-        agent.show(f"[{error if isinstance(error, ValueError) else explain(error)}]\n")
+        with suppress(Stopped):  # once more
+            agent.show(f"[{error if isinstance(error, ValueError) else explain(error)}]\n")
     return True
 
 
@@ -1902,8 +1904,8 @@ class App:
         shown: list[str] = []
 
         def show_piece(piece: str) -> None:
-            self.lanes.check()
             shown.append(piece)
+            self.lanes.check()
             channel.stream(message.peer, piece)
             self.gateway.emit(agent, "delta", text=piece)
 
@@ -1913,8 +1915,10 @@ class App:
             agent.show = show_piece
             self.gateway.begin(agent, message)
             self.note_owner(message)
+            before = agent.messages
             if command in FROM_AFAR and run_command(agent, message.text):
-                self.sessions[agent.key] = agent.messages
+                if agent.messages is not before:
+                    self.sessions[agent.key] = agent.messages
             else:
                 self.recall(agent, message)
                 window = agent.guard.limit(agent)
@@ -1947,9 +1951,10 @@ class App:
             session, _ = self.lanes_of(message := self.cli.message(text))
             with self.lanes.enter(*[session] * (text.split()[0] not in AT_ONCE)):
                 agent = self.agent_for(message)
-                agent.show = show
+                agent.show, before = show, agent.messages
                 run_command(agent, text)
-                self.sessions[agent.key] = agent.messages
+                if agent.messages is not before:
+                    self.sessions[agent.key] = agent.messages
         except (KeyboardInterrupt, OSError) as error:
             show(f"[{explain(error)}]\n")
         return True
@@ -4435,8 +4440,9 @@ def is_end(match: re.Match, mark: str) -> bool:
 @command("/queue [lane]", "what waits to be sent, or in a lane")
 def show_queue(agent: Agent, rest: str) -> str:
     if rest:
-        waiting = [task.arguments[:1] for task in list(find_lane(agent, rest).waiting)[:20]]
-        return "\n".join([str(find_lane(agent, rest)), *(f"- {each!r:.100}" for each in waiting)])
+        waiting = [task.arguments or ("you",) for task in list(find_lane(agent, rest).waiting)[:20]]
+        told = [getattr(each[0], "text", each[-1]) for each in waiting]
+        return "\n".join([str(find_lane(agent, rest)), *(f"- {text!s:.100}" for text in told)])
     queue = agent.app.delivery
     with queue.lock:
         lines = [f"{len(queue.pending)} texts wait to be sent, to {len(queue.lines)} recipients"]
@@ -4739,6 +4745,7 @@ class ResilienceRunner:
                 later = f" in {pause:.0f} s" if pause >= 1 else ""
                 agent.show(f"\n[{told}; trying {then}{later}]\n")
             self.sleep(pause)
+            agent.app.lanes.check()
             last = profile
             try:
                 reply = self.attempt(agent, profile)
@@ -4854,6 +4861,7 @@ LANES = {"main": 4, "cron": 1, "heartbeat": 1}  # how many at a time; in any oth
 MAX_WORKERS = 32  # threads; what is ready beyond that waits
 WORKER_REST = 10  # seconds without work after which a thread ends
 DRAIN = 0.8  # seconds for what still runs when the program ends; the rest goes on at the next start
+LANE = re.compile(r"[!-~]{1,200}")
 AT_ONCE = ("/stop", "/reset", "/lanes", "/queue", "/enqueue", "/concurrency", "/generation")
 
 
@@ -4887,6 +4895,7 @@ class Task:
     future: Ticket = field(default_factory=Ticket)
     running: bool = False
     stopped: bool = False
+    is_gone: bool = False  # a reset let go of it
 
 
 class LaneQueue:
@@ -5068,6 +5077,8 @@ class CommandQueue:
                 task.future.set_result(result)
             else:
                 task.future.set_exception(error)
+            if task.is_gone:
+                return
             task = result = error = None  # nothing is kept alive here
 
     @contextmanager
@@ -5115,7 +5126,8 @@ class CommandQueue:
                 for task in lane.active:
                     task.held[lane] = lane.generation
             for task in gone:
-                task.stopped = True
+                task.stopped = task.is_gone = True
+                self.threads -= bool(task.function)  # its thread is one more than are counted now
             for lane in list(self.lanes.values()):
                 self.pump(lane)
             self.wake()
@@ -5149,7 +5161,7 @@ def find_lane(agent: Agent, name: str) -> LaneQueue:
 @command("/enqueue <lane> <message>", "have the agent do something in a lane, in its own session")
 def enqueue_message(agent: Agent, rest: str) -> str:
     lane, _, text = rest.partition(" ")
-    if not text.strip():
+    if not text.strip() or not LANE.fullmatch(lane):
         raise ValueError("a lane and a message are needed, as in /enqueue main hello")
     agent.app.lanes.enqueue([lane], agent.app.think_aloud, lane, text)
     return f"{find_lane(agent, lane)}" if lane in agent.app.lanes.lanes else f"{lane}: done"
@@ -5158,7 +5170,8 @@ def enqueue_message(agent: Agent, rest: str) -> str:
 @command("/concurrency <lane> <n>", "let so many run in a lane at a time")
 def set_concurrency(agent: Agent, rest: str) -> str:
     lane, _, number = rest.partition(" ")
-    if not re.fullmatch("[1-9][0-9]?", number) or int(number) > MAX_WORKERS:
+    is_number = re.fullmatch("[1-9][0-9]?", number) and int(number) <= MAX_WORKERS
+    if not is_number or not LANE.fullmatch(lane):
         raise ValueError(f"a lane and a number from 1 to {MAX_WORKERS} are needed")
     if lane.startswith("session:"):
         raise ValueError("in a session, messages are answered one after the other")
