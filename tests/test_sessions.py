@@ -369,7 +369,7 @@ def test_killed_at_any_moment_50_times(desk: Desk, whole: bool):
         places.append(place)
     assert places == sorted(places) and enough <= len(places) <= 140
     text = json.dumps(history)
-    assert "interrupted" in text, "no kill has hit a tool call: make the turns slower"
+    assert "interrupted" in text or not whole, "no kill hit a tool call: make the turns slower"
 
 
 @since("s03")
