@@ -1375,7 +1375,7 @@ def test_kill_at_any_moment(section, post: Post, tmp_path: Path):
     if section.label == "s08":
         assert points["called"] and points["arrived"] and (points["not"] or not SLOW), figures
     assert twice <= kills, figures
-    assert largest < 300_000 + 1_000 * points["behind"] / kills, figures  # of what still waits
+    assert largest < 300_000 + 5_000 * points["behind"] / kills, figures  # of what still waits
     assert [each.name for each in file.parent.iterdir()] == ["queue.jsonl"]
 
 
