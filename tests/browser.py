@@ -69,8 +69,8 @@ class Browser:
                 start_new_session=True,
             )
         try:
-            port, path = self._address(log)
-            self._socket = connect(f"ws://127.0.0.1:{port}{path}", proxy=None, max_size=None)
+            url = "ws://127.0.0.1:{}{}".format(*self._address(log))
+            self._socket = connect(url, legacy=True, proxy=None, max_size=None)
             tabs = self.call("Target.getTargets")["targetInfos"]
             tab = next(tab["targetId"] for tab in tabs if tab["type"] == "page")
             attached = self.call("Target.attachToTarget", targetId=tab, flatten=True)

@@ -1,5 +1,6 @@
 """The web chat page (s05) in a real browser: what a person sees who opens the link."""
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from test_gateway import Desk
 
 pytestmark = pytest.mark.skipif(not find(), reason="needs Chromium")
 CONNECTED = "document.querySelector('#state').dataset.state === 'connected'"
+LISTED = "[...{}.querySelectorAll('#log .text')].map((e) => e.textContent)"
+COMPACT = {"ensure_ascii": False, "separators": (",", ":")}  # as JSON.stringify writes it
 COLOURS = """(() => {
   const numbers = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
   const of = (name) => getComputedStyle(document.querySelector(name));
@@ -69,8 +72,12 @@ class Page:
 
     def messages(self) -> list[str]:
         """The texts in the log, in order."""
-        found = "[...document.querySelectorAll('#log .text')].map((e) => e.textContent)"
-        return self.browser.evaluate(found)
+        return self.browser.evaluate(LISTED.format("document"))
+
+    def shows(self, *messages: str, document: str = "document") -> None:
+        """Wait until the log has these messages, and all of each: they stream."""
+        listed = f"JSON.stringify({LISTED.format(document)})"
+        self.browser.wait_for(f"{listed} === {json.dumps(json.dumps(messages, **COMPACT))}")
 
     def get(self, js: str) -> object:
         return self.browser.evaluate(js)
@@ -89,27 +96,24 @@ def test_a_conversation_with_the_keyboard_alone(page: Page):
     page.browser.type("wait for")
     page.browser.press("Enter", shift=True)
     page.say("the answer")
-    page.browser.wait_for("document.querySelector('.assistant')")
-    assert page.messages() == ["wait for\nthe answer", "heard"], "it streams"
-    assert "main is typing" in page.get("document.querySelector('#status').innerText")
+    page.shows("wait for\nthe answer", "heard")
+    page.browser.wait_for("document.querySelector('#status').innerText.includes('main is typing')")
     page.desk.gate.set()
-    page.see("heard wait for\nthe answer")
+    page.shows("wait for\nthe answer", "heard wait for\nthe answer")
     page.browser.wait_for("document.querySelector('#status').innerText === ''")
-    assert page.messages() == ["wait for\nthe answer", "heard wait for\nthe answer"]
     page.browser.press("Enter"), page.say(" "), page.browser.press("Backspace")
-    page.say("<img src=x onerror='window.hit=1'><script>window.hit=1</script><b>bold</b>")
-    page.browser.wait_for("document.querySelectorAll('#log .message').length === 4")
-    assert page.messages()[3] == f"heard {page.messages()[2]}" and "<b>" in page.messages()[3]
+    html = "<img src=x onerror='window.hit=1'><script>window.hit=1</script><b>bold</b>"
+    page.say(html)
+    shown = ["wait for\nthe answer", "heard wait for\nthe answer", html, f"heard {html}"]
+    page.shows(*shown)
     assert len(page.desk.asked) == 2, "a blank line is not sent"
     assert (
         page.get("window.hit || document.querySelectorAll('#log :is(img, script, b)').length") == 0
     )
-    shown = page.messages()
     page.browser.reload()
     page.browser.wait_for(CONNECTED)
-    page.browser.wait_for("document.querySelectorAll('#log .message').length === 4")
-    assert page.messages() == shown
-    assert page.get("document.activeElement.id") == "text"
+    page.shows(*shown)
+    page.browser.wait_for("document.activeElement.id === 'text'")
     reached = set()
     for _ in range(4):
         page.browser.press("Tab")
@@ -132,7 +136,7 @@ def test_a_restart_of_the_gateway_goes_unnoticed(page: Page):
     page.say("after")
     page.see("heard after")
     said = ["before", "while it is down", "after"]
-    assert page.messages() == [text for one in said for text in (one, f"heard {one}")]
+    page.shows(*[text for one in said for text in (one, f"heard {one}")])
     assert page.desk.asked == said and page.get("performance.timeOrigin") == began
     page.desk.down()
 
@@ -171,9 +175,10 @@ def test_two_tabs_and_a_client_see_the_same(page: Page):
     page.see("heard from the second tab")
     client.ask("from the client", peer=page.peer)
     page.see("heard from the client")
-    listed = f"[...{other}.querySelectorAll('#log .text')].map((e) => e.textContent)"
-    page.browser.wait_for(f"{listed}.length === 4")
-    assert page.get(listed) == page.messages() == client.history(peer=page.peer)
+    shown = client.history(peer=page.peer)
+    assert len(shown) == 4
+    page.shows(*shown)
+    page.shows(*shown, document=other)
     elsewhere = page.desk.client()
     elsewhere.ask("something else", peer="somebody")
     assert len(page.messages()) == 4
