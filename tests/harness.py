@@ -158,6 +158,8 @@ def clean_env(home: Path, workspace: Path | None = None) -> dict[str, str]:
     env["SSL_CERT_DIR"] = str(home)  # no certificates there: to read all takes a third of a start
     if site.ENABLE_USER_SITE:
         env["PYTHONUSERBASE"] = site.getuserbase()
+    if "COVERAGE_PROCESS_CONFIG" in os.environ:  # coverage counts in processes, too
+        env["COVERAGE_PROCESS_CONFIG"] = os.environ["COVERAGE_PROCESS_CONFIG"]
     if os.name == "nt":
         env |= {name: os.environ[name] for name in ("SYSTEMROOT", "TEMP") if name in os.environ}
         env |= {"USERPROFILE": str(home), "PYTHONUTF8": "1"}

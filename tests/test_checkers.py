@@ -484,6 +484,14 @@ def test_transcripts_that_lie_are_seen(
 
 
 @needs_terminal
+def test_a_sleep_takes_longer_the_second_time(pair: tuple[Section, Section], tmp_path: Path):
+    block = "$ (sleep 0.4; echo late) > log & sleep 0.2; cat log; cat log\nlate\nlate\n"
+    assert "-late" in transcripts.problems(block, tmp_path / "a", root=tmp_path)
+    block = "$ (/bin/sleep 0.4; echo late) > log & sleep 0.2; cat log\nlate\n"
+    assert transcripts.problems(block, tmp_path / "b", root=tmp_path) == ""
+
+
+@needs_terminal
 def test_a_server_is_stopped_by_a_key(tmp_path: Path):
     (tmp_path / "sessions").mkdir()
     path = tmp_path / "sessions" / "server.py"
