@@ -19,8 +19,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -53,21 +55,17 @@ class Point:
 
     name: str
     about: str
-    traps: tuple[tuple[str, str, str], ...] = ()  # one for each life; none: killed from outside
+    traps: tuple[tuple[str, str, str], ...] = ()  # one for each life
+    kill_when: Callable[["World"], bool] | None = None  # to kill from outside
     twice: int = 0  # pieces that may come once more
     is_long: bool = False
     spoil: Callable[[FakeTelegram], None] = lambda telegram: None
 
 
-def hold(telegram: FakeTelegram) -> None:
-    """What is sent from now on does not arrive, and no answer comes."""
-    telegram.hang("sendMessage", PATIENCE, times=99)
-
-
 def hold_answer(telegram: FakeTelegram) -> None:
     """One text arrives, but no answer comes; what is sent beside it does not arrive."""
     telegram.hang("sendMessage", PATIENCE, after=True)
-    hold(telegram)
+    telegram.hang("sendMessage", PATIENCE, times=99)
 
 
 def refuse(telegram: FakeTelegram) -> None:
@@ -90,13 +88,24 @@ POINTS = [
     Point("answered", "the session has the answer", (at("'role': 'assistant'", "after"),)),
     Point("half-queued", "half a record is in the queue", (at("'type': 'enqueue'", "half"),)),
     Point("queued", "the queue has it, nothing is sent", (QUEUED,)),
-    Point("not-noted", "... and the inbox has not noted it", (at("'done'", "before"),), spoil=hold),
-    Point("compacting", "... and again, as the queue is rewritten", (QUEUED, REWRITTEN)),
+    Point("compacting", "... and again while the queue is rewritten", (QUEUED, REWRITTEN)),
     Point("waiting", "a try failed, the next is to come", (at("'retry'", "after"),), spoil=refuse),
-    Point("sending", "Telegram has it, its yes is on the way", twice=1, spoil=hold_answer),
+    Point(
+        "sending",
+        "Telegram has it, its yes is on the way",
+        kill_when=lambda world: world.has_arrived(),
+        twice=1,
+        spoil=hold_answer,
+    ),
     Point("sent", "the yes is here, the ack is not written", (at("'ack'", "before"),), twice=1),
     Point("half-acked", "half an ack is written", (at("'ack'", "half"),), twice=1),
     Point("acked", "the ack is written", (at("'ack'", "after"),)),
+    Point(
+        "not-noted",
+        "the ack is written, the inbox has not noted it",
+        (at("'done'", "never"),),
+        kill_when=lambda world: world.has_arrived() and not ledger.pending(world.workspace),
+    ),
     Point("pieces", "between two pieces of a long text", (at("'ack'", "after"),), is_long=True),
 ]
 
@@ -155,32 +164,47 @@ class Lab:
         self.ended, self.lock = False, threading.Lock()
         self.screens: set[harness.Screen] = set()
 
-    def start(self, script: Path, env: dict[str, str]) -> harness.Screen:
-        with self.lock:
-            if self.ended:
-                raise Stop("ended")
-            screen = harness.Screen(script, env)
-            self.screens.add(screen)
-        return screen
+    @contextmanager
+    def life(self, script: Path, env: dict[str, str]) -> Iterator[harness.Screen]:
+        """A run of the script, until the block ends. Raises Stop when all has to end."""
+        with harness.Screen(script, env) as screen:
+            with self.lock:
+                if self.ended:
+                    raise Stop("interrupted")
+                self.screens.add(screen)
+            try:
+                yield screen
+            finally:
+                with self.lock:
+                    self.screens.discard(screen)
 
     def end(self) -> None:
-        """Kill what runs; nothing more is started. To press Ctrl-C once is enough."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """Kill what runs; nothing more is started."""
         with self.lock:
             self.ended = True
             for screen in self.screens:
-                screen.close()
+                harness.end_session(screen.pid)
 
 
-def with_trap(script: Path) -> str:
-    """The script's text with the line that arms the trap. Raises Stop."""
+def source_of(script: Path, needed: str, since: str) -> str:
+    """The text of a script that has a class. Raises Stop."""
     try:
         text = script.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Stop(f"{script} cannot be read: {error}") from None
-    if "\nclass DeliveryQueue" not in text or text.count(END) != 1:
-        raise Stop(f"{script.name} has no DeliveryQueue and main: the lab is for s08 and later")
-    return text.replace(END, f"\n{ARM.format(folder=str(Path(__file__).parent))}{END}")
+    if f"\nclass {needed}" not in text or text.count(END) != 1:
+        raise Stop(f"{script.name} has no {needed} and main: choose {since} or later with --script")
+    return text
+
+
+def with_trap(script: Path) -> str:
+    """The script's text with the line that arms the trap."""
+    text, folder = source_of(script, "DeliveryQueue", "s08"), str(Path(__file__).parent)
+    return text.replace(END, f"\n{ARM.format(folder=folder)}{END}")
+
+
+def last_line(screen: harness.Screen) -> str:
+    return ([""] + [line for line in screen.text.splitlines() if line.strip()])[-1]
 
 
 class World:
@@ -233,28 +257,28 @@ class World:
 
     def run(self) -> Row:
         """Two answers, the kill at the third, what came meanwhile, and the start after it."""
-        screen = self.lab.start(self.lab.trapped, self.env(0))
-        self.say("ada", "bob")
-        self.wait(screen, self.is_quiet)
-        self.armed.touch()
-        self.point.spoil(self.telegram)
-        self.say("ada", "ada")
-        self.let_die(screen)
+        with self.lab.life(self.lab.trapped, self.env(0)) as screen:
+            self.say("ada", "bob")
+            self.wait(screen, self.is_quiet)
+            self.armed.touch()
+            self.point.spoil(self.telegram)
+            self.say("ada", "ada")
+            self.let_die(screen)
         self.telegram.mend()
         self.say("bob", "ada")
         for number in range(1, len(self.point.traps)):
-            self.let_die(self.lab.start(self.lab.trapped, self.env(number)))
-        screen = self.lab.start(self.lab.script, self.env(0))
-        self.wait(screen, self.is_quiet)
-        self.look(screen)
-        screen.kill()
+            with self.lab.life(self.lab.trapped, self.env(number)) as screen:
+                self.let_die(screen)
+        with self.lab.life(self.lab.script, self.env(0)) as screen:
+            self.wait(screen, self.is_quiet)
+            self.look(screen)
         self.row.problems += [*self.telegram.problems, *self.model.problems]
         return self.row
 
     def let_die(self, screen: harness.Screen) -> None:
-        """Wait until the process has killed itself, or kill it while a text is on its way."""
-        if not self.point.traps:
-            self.wait(screen, lambda: len(self.telegram.sent) > len(PEOPLE))
+        """Wait until the process has killed itself, or kill it when its moment has come."""
+        if self.point.kill_when:
+            self.wait(screen, lambda: self.point.kill_when(self))
             screen.kill()
         self.wait(screen, lambda: screen.process.poll() is not None or self.is_quiet())
         if screen.process.poll() is None:
@@ -263,6 +287,10 @@ class World:
         if screen.wait_exit() != -signal.SIGKILL:
             raise self.failure(screen, "ended by itself")
         self.look(screen)
+
+    def has_arrived(self) -> bool:
+        """Whether the answer at which the process is to die is at Telegram."""
+        return len(self.telegram.sent) > len(PEOPLE)
 
     def is_quiet(self) -> bool:
         """Whether nothing is left to do, by the files; what is on its way then has a second."""
@@ -285,8 +313,8 @@ class World:
             time.sleep(0.02)
 
     def failure(self, screen: harness.Screen, what: str) -> Stop:
-        last = ([""] + [line for line in screen.text.splitlines() if line.strip()])[-1]
-        return Stop(f"{self.point.name}: {self.lab.script.name} {what}; its last line: {last}")
+        about = f"{self.point.name}: {self.lab.script.name} {what}"
+        return Stop(f"{about}; its last line: {last_line(screen)}")
 
     def look(self, screen: harness.Screen) -> None:
         """Note what the journal has, before the next start rewrites it."""
@@ -309,7 +337,10 @@ def tags_in(text: str) -> list[tuple[str, int, int]]:
 
 def try_out(lab: Lab, point: Point) -> Row:
     with FakeTelegram() as telegram, FakeModel() as model:
-        return World(lab, point, telegram, model).run()
+        try:
+            return World(lab, point, telegram, model).run()
+        except (LookupError, TypeError, ValueError) as error:
+            raise Stop(f"{point.name}: the journals are not those of s08: {error!r}") from None
 
 
 def run_all(lab: Lab, points: list[Point]) -> bool:
@@ -350,23 +381,44 @@ def choose(names: list[str] | None) -> list[Point]:
     return [known[name] for name in names or known]
 
 
-def main() -> int:
-    options = read_options()
-    if options.list:
-        for point in POINTS:
-            print(f"{point.name:<12}{point.about}" + "; it may come twice" * point.twice)
-        return 0
+def list_points() -> int:
+    for point in POINTS:
+        print(f"{point.name:<12}{point.about}" + "; it may come twice" * point.twice)
+    return 0
+
+
+def run_lab(options: argparse.Namespace) -> int:
+    """Returns 0 if the ledger is balanced at each point."""
+    points = choose(options.point)
+    with tempfile.TemporaryDirectory(prefix="crash-lab-") as folder:
+        return 0 if run_all(Lab(options.script, Path(folder)), points) else 1
+
+
+def run_as_command(run: Callable[[], int]) -> int:
+    """Run a command; a Stop is told in a line, Ctrl-C and a pipe that is closed end it quietly."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt_once)
     try:
-        with tempfile.TemporaryDirectory(prefix="crash-lab-") as folder:
-            return 0 if run_all(Lab(options.script, Path(folder)), choose(options.point)) else 1
+        return run()
     except Stop as problem:
-        print(f"crash_lab.py: {problem}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130
     finally:
         harness.MOTHER.end()
+
+
+def interrupt_once(*_: object) -> None:
+    """Ctrl-C; a second one does not interrupt the end of all that runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    options = read_options()
+    return run_as_command(list_points if options.list else lambda: run_lab(options))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def pending(folder: Path) -> dict[str, list[str]]:
     for note in records(journal(folder)):
         name = note.get("id")
         if note["type"] == "enqueue":
-            waiting[note["delivery"]["id"]] = dict(note["delivery"])
+            waiting[note["delivery"]["id"]] = {"sent": 0} | note["delivery"]
         elif note["type"] == "ack" and name in waiting:
             waiting[name]["sent"] += 1
             if waiting[name]["sent"] == len(waiting[name]["pieces"]):

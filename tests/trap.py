@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def die() -> None:
 def arm(script: dict) -> None:
     """Wrap one function of a script: the first call that has the word, once it is armed, kills.
 
-    The moment is before the call, after it, or half: of a record, half a line is written.
+    The moment is before the call, after it, or half: of a record, half a line is written. With
+    never, the call is not made, and somebody else has to kill.
     """
     name, word, moment, armed = json.loads(os.environ[SETTING])
     owner, _, method = name.partition(".")
@@ -40,4 +42,6 @@ def spring(moment: str, function: Callable, *args: object, **named: object) -> N
         os.write(journal.file, line[: len(line) // 2])
     elif moment == "after":
         function(*args, **named)
+    elif moment == "never":
+        time.sleep(3600)
     die()
