@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from contextlib import ExitStack
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ POINTS = [
     Point("answered", "the session has the answer", (at("'role': 'assistant'", "after"),)),
     Point("half-queued", "half a record is in the queue", (at("'type': 'enqueue'", "half"),)),
     Point("queued", "the queue has it, nothing is sent", (QUEUED,)),
-    Point("compacting", "... and again while the queue is rewritten", (QUEUED, REWRITTEN)),
+    Point("compacting", "queued; then again, as the queue is rewritten", (QUEUED, REWRITTEN)),
     Point("waiting", "a try failed, the next is to come", (at("'retry'", "after"),), spoil=refuse),
     Point(
         "sending",
@@ -242,9 +243,15 @@ class World:
             self.row.expected |= {(name, self.asked[name], piece) for piece in pieces}
             self.telegram.say(question, PEOPLE[name])
 
-    def env(self, number: int) -> dict[str, str]:
+    def life(self, number: int) -> AbstractContextManager[harness.Screen]:
+        """A run of the script: with a trap as long as the point has one for it, then as it is."""
+        if number >= len(self.point.traps):
+            return self.lab.life(self.lab.script, self.env())
+        spec = json.dumps([*self.point.traps[number], str(self.armed)])
+        return self.lab.life(self.lab.trapped, self.env() | {trap.SETTING: spec})
+
+    def env(self) -> dict[str, str]:
         allowed = " ".join(map(str, PEOPLE.values()))
-        spec = [*self.point.traps[number : number + 1], ("os.replace", "nothing", "before")][0]
         return harness.clean_env(self.folder, self.workspace) | {
             "OPENAI_API_KEY": "sk-lab",
             "OPENAI_BASE_URL": self.model.url,
@@ -252,12 +259,11 @@ class World:
             "TELEGRAM_BOT_TOKEN": self.telegram.token,
             "TELEGRAM_BASE_URL": self.telegram.url,
             "TELEGRAM_ALLOWED_CHATS": allowed,
-            trap.SETTING: json.dumps([*spec, str(self.armed)]),
         }
 
     def run(self) -> Row:
         """Two answers, the kill at the third, what came meanwhile, and the start after it."""
-        with self.lab.life(self.lab.trapped, self.env(0)) as screen:
+        with self.life(0) as screen:
             self.say("ada", "bob")
             self.wait(screen, self.is_quiet)
             self.armed.touch()
@@ -267,9 +273,9 @@ class World:
         self.telegram.mend()
         self.say("bob", "ada")
         for number in range(1, len(self.point.traps)):
-            with self.lab.life(self.lab.trapped, self.env(number)) as screen:
+            with self.life(number) as screen:
                 self.let_die(screen)
-        with self.lab.life(self.lab.script, self.env(0)) as screen:
+        with self.life(len(POINTS)) as screen:
             self.wait(screen, self.is_quiet)
             self.look(screen)
         self.row.problems += [*self.telegram.problems, *self.model.problems]
@@ -399,6 +405,8 @@ def run_as_command(run: Callable[[], int]) -> int:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt_once)
     try:
+        if harness.pty is None:
+            raise Stop("this needs pseudo-terminals and SIGKILL, which Windows has not: try WSL")
         return run()
     except Stop as problem:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
