@@ -89,7 +89,7 @@ POINTS = [
     Point("answered", "the session has the answer", (at("'role': 'assistant'", "after"),)),
     Point("half-queued", "half a record is in the queue", (at("'type': 'enqueue'", "half"),)),
     Point("queued", "the queue has it, nothing is sent", (QUEUED,)),
-    Point("compacting", "queued; then again, as the queue is rewritten", (QUEUED, REWRITTEN)),
+    Point("compacting", "queued; then, as the queue is rewritten", (QUEUED, REWRITTEN)),
     Point("waiting", "a try failed, the next is to come", (at("'retry'", "after"),), spoil=refuse),
     Point(
         "sending",
@@ -103,7 +103,7 @@ POINTS = [
     Point("acked", "the ack is written", (at("'ack'", "after"),)),
     Point(
         "not-noted",
-        "the ack is written, the inbox has not noted it",
+        "acked, and the inbox has not noted it",
         (at("'done'", "never"),),
         kill_when=lambda world: world.has_arrived() and not ledger.pending(world.workspace),
     ),

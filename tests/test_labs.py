@@ -83,6 +83,7 @@ def test_the_points_have_names():
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert names == [point.name for point in crash_lab.POINTS] and len(set(names)) >= 10
     assert done.stdout.count("it may come twice") == 3
+    assert max(len(str(crash_lab.Row(point))) for point in crash_lab.POINTS) <= 100
 
 
 WRONG = [
