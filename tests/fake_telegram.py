@@ -442,6 +442,12 @@ class FakeTelegram:
             fault = Fault("sendMessage", "flood", times, seconds=seconds, chat_id=chat_id)
             self._floods.append(fault)
 
+    def mend(self) -> None:
+        """Nothing more goes wrong."""
+        with self._changed:
+            self._faults.clear()
+            self._floods.clear()
+
     def _fault(self, fault: Fault) -> None:
         with self._changed:
             self._faults.append(fault)

@@ -32,6 +32,9 @@ from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from ledger import inbox_is_empty
+from ledger import journal
+from ledger import pending
 from test_feishu import Desk
 from test_feishu import wait_until
 from test_proactive import idle
@@ -997,37 +1000,6 @@ def test_no_text_is_too_odd(section, text: str, limit: int):
 
 
 # --- the program as a person runs it ---
-
-
-def pending(folder: Path) -> dict[str, list[str]]:
-    """What waits in the journal of a workspace, by recipient, with the texts of the pieces left."""
-    waiting: dict[str, dict] = {}
-    for line in journal(folder).read_bytes().split(b"\n")[:-1]:
-        note = json.loads(line)
-        name = note.get("id")
-        if note["type"] == "enqueue":
-            waiting[note["delivery"]["id"]] = dict(note["delivery"])
-        elif note["type"] == "ack" and name in waiting:
-            waiting[name]["sent"] += 1
-            if waiting[name]["sent"] == len(waiting[name]["pieces"]):
-                del waiting[name]
-        elif note["type"] == "failed":
-            waiting.pop(name, None)
-    found: dict[str, list[str]] = {}
-    for each in waiting.values():
-        place = f"{each['channel']} {each['account']} {each['peer']}"
-        found.setdefault(place, []).extend(each["pieces"][each["sent"] :])
-    return found
-
-
-def journal(folder: Path) -> Path:
-    return folder / "delivery-queue" / "queue.jsonl"
-
-
-def inbox_is_empty(folder: Path) -> bool:
-    notes = [json.loads(line) for line in (folder / ".inbox.jsonl").read_text().splitlines()]
-    ended = {note["id"] for note in notes if note["type"] == "done"}
-    return {n["message"]["ids"][0] for n in notes if n["type"] == "message"} <= ended
 
 
 def say_command(screen: harness.Screen, line: str, answer: str | re.Pattern) -> re.Match:
