@@ -545,6 +545,7 @@ def run_section(script: Path, arguments: list[str], model: str, url: str) -> int
 def main() -> int:
     given = parse()
     scripts = {path.name.partition("_")[0]: path for path in sorted(SECTIONS.glob("s*_*.py"))}
+    scripts["check_model"] = SECTIONS.parent / "check_model.py"
     if given.section and given.section not in scripts:
         fail(f"unknown section {given.section}: choose from {', '.join(scripts)}")
     port = given.port if given.port is not None else 0 if given.section else 8123
