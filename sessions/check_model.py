@@ -15,15 +15,15 @@
     python sessions/check_model.py --context        and whether CONTEXT_TOKENS is true
     python sessions/offline_model.py check_model    check the offline model
 
-Of several profiles it checks the first. It costs about a dozen requests, some 4,000 tokens in all, and a few more where a server fails.
---context adds one of nine tenths of CONTEXT_TOKENS: with 128000 some 115,000 tokens, which cost
-money or, on a machine of your own, minutes. The exit status is 0 if every section can be run.
+Of several profiles it checks the first. It costs about a dozen requests, some 4,000 tokens in all,
+and at most eight requests more where a server fails. --context adds one of nine tenths of
+CONTEXT_TOKENS: with 128000 some 115,000 tokens, which cost money or, on a machine of your own,
+minutes. The exit status is 0 if every section can be run.
 """
 
 import argparse
 import difflib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -46,7 +46,9 @@ import openai
 
 SECTIONS = Path(__file__).resolve().parent / "en"
 EMBEDDING_SECONDS = 10  # what section 6 grants
-RETRIES = 5  # in all
+FAILURES = (openai.OpenAIError, OSError, ValueError)  # what a request may end in
+PAUSE = 0.5  # seconds before a request is made again
+RETRIES = 8  # in all
 ROUNDS = 4  # of tool calls in a turn
 LIMIT = 2048  # tokens of an answer, where the server has to be told
 WORD = "tamarind"
@@ -118,6 +120,7 @@ class Probe:
     """The configured server, and what came of asking it so far."""
 
     agent: object
+    s01: ModuleType
     s02: ModuleType
     s03: ModuleType
     window: int
@@ -159,20 +162,23 @@ class Probe:
 
     def insist(self, call: Callable) -> object:
         """The outcome of a call, made again after what may be chance, or with a better setting."""
-        for tries in itertools.count(1):
+        while True:
             try:
                 return call()
-            except (openai.OpenAIError, OSError, ValueError) as error:
-                change = {} if self.refusal else remedy(self, error)
-                if change:
+            except FAILURES as error:
+                if change := {} if self.refusal else remedy(self, error):
                     self.refusal = self.s02.explain(error)
                     self.set(change)
-                elif not is_chance(error) or tries > 2 or len(self.failures) >= RETRIES:
+                    continue
+                if not is_chance(error) or self.is_lasting(error) or len(self.failures) >= RETRIES:
                     raise
-                else:
-                    self.failures.append(short(self, error))
-                    time.sleep(min(retry_after(error), 5))
-        raise AssertionError
+                self.failures.append(short(self, error))
+                time.sleep(min(retry_after(error), 5))
+
+    def is_lasting(self, error: Exception) -> bool:
+        """Whether it has failed in the same way before: as often as no chance would have it."""
+        slow = isinstance(error, openai.APITimeoutError | TooSlow)
+        return self.failures[-2 + slow :] == [short(self, error)] * (2 - slow)
 
     def set(self, change: dict) -> None:
         """Go on with other settings; one that is None goes."""
@@ -195,13 +201,17 @@ def user(text: str) -> dict:
 def short(probe: Probe, error: Exception) -> str:
     """A failure in a word or two."""
     status = getattr(error, "status_code", None)
-    return f"HTTP {status}" if status else probe.s02.explain(error).partition(" - ")[0][:60]
+    return (
+        f"HTTP {status}"
+        if status
+        else probe.s02.explain(error).partition(" - ")[0].partition(": ")[0]
+    )
 
 
 def retry_after(error: Exception) -> float:
     """Seconds that the server asks for, else half a second."""
     value = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-    return float(value) if value.isdecimal() else 0.5
+    return float(value) if value.isdecimal() else PAUSE
 
 
 def is_chance(error: Exception) -> bool:
@@ -275,14 +285,14 @@ def list_models(client: openai.OpenAI) -> list[dict]:
 
 
 def check_plain(probe: Probe) -> Finding:
-    message, _ = probe.ask("What is 2 + 2? Answer with the number alone.", probe.s02, [])
+    message, _ = probe.ask("What is 2 + 2? Answer with the number alone.", probe.s01, [])
     return Finding("ok", f"answered {message['content'].strip()[:40]!r}", 1)
 
 
 def check_long(probe: Probe) -> Finding:
     """Whether an answer of some length comes whole, or has to be allowed for."""
     question = "Count to 60, in digits, with blanks between, and nothing else."
-    message, finish_reason = probe.ask(question, probe.s02, [])
+    message, finish_reason = probe.ask(question, probe.s01, [])
     if finish_reason != "length":
         whole = re.search(r"\b60\W*$", message["content"])
         text = "60 numbers came whole" if whole else "it ended by itself before 60"
@@ -290,8 +300,8 @@ def check_long(probe: Probe) -> Finding:
     size = len(message["content"])
     before = dict(probe.settings)
     probe.set({limit_name(before): LIMIT})
-    with suppress(openai.OpenAIError, OSError, ValueError):
-        if probe.ask(question, probe.s02, [])[1] != "length":
+    with suppress(*FAILURES):
+        if probe.ask(question, probe.s01, [])[1] != "length":
             probe.keep_settings()
     if "MODEL_OPTIONS" not in probe.lines:
         probe.settings.clear()
@@ -318,7 +328,7 @@ def check_tool(probe: Probe) -> Finding:
             return Finding("no", f"wrote its call as text, not as a call ({advice})", 2)
         return Finding("no", f"answered with text in place of a call: {answer[:60]!r}", 2)
     if not any(WORD in result for result in results):
-        return Finding("no", f"its calls did not work: {results[-1][:100]!r}", 2)
+        return Finding("no", f"its calls did not work: {results[0][:100]!r}", 2)
     if probe.s02.NOTES["rounds"] in answer:
         return Finding("no", f"went on calling after {ROUNDS} rounds", 2)
     if WORD not in answer.lower() and probe.s02.NOTES["length"] in answer:
@@ -440,7 +450,7 @@ def check_system(probe: Probe) -> Finding:
     """Whether the server takes a system prompt, which section 6 always sends."""
     prompt = "You are Luna, an assistant. When you are asked who you are, say your name."
     messages = [{"role": "system", "content": prompt}, user("Who are you?")]
-    message, _ = probe.ask(messages, probe.s02, [])
+    message, _ = probe.ask(messages, probe.s01, [])
     if "luna" not in message["content"].lower():
         return Finding("but", f"it ignores its system prompt: {message['content'][:60]!r}", 6)
     return Finding("ok", "it does as its system prompt says", 6)
@@ -470,9 +480,9 @@ def check_lanes(probe: Probe) -> Finding:
     def ask(text: str) -> None:
         agent = replace(probe.agent, messages=[user(text)], tools=[])
         try:
-            probe.s02.call_model(agent)
+            probe.s01.call_model(agent)
             outcomes.append("")
-        except (openai.OpenAIError, OSError, ValueError) as error:
+        except FAILURES as error:
             outcomes.append(short(probe, error))
 
     threads = [
@@ -527,7 +537,7 @@ def quirks(s02: ModuleType, chunks: list) -> Iterator[str]:
         hasattr(choice, "delta") for c in chunks for choice in getattr(c, "choices", 0) or []
     )
     odd = {
-        "finish_reason is not tool_calls": "tool_calls" not in finishes,
+        "finish_reason is not tool_calls": "tool_calls" not in finishes != {None},
         "calls without an id": len(ids) < len(parts),
         "one id for two calls": len(set(ids)) < len(ids),
         "calls without an index": streamed and None in indexes,
@@ -559,39 +569,39 @@ CHECKS = {
     "the wire": (check_wire, 2),
 }
 NEEDED_BY = {"reachable": [*CHECKS][1:], "plain answer": [*CHECKS][2:]}
+NEEDED_BY["long answer"] = ["streaming"]
 NEEDED_BY["tool call"] = ["parallel calls", "typed arguments"]
 
 
-def run_check(probe: Probe, name: str) -> list[Finding]:
+def run_check(probe: Probe, check: Callable, section: int) -> list[Finding]:
     """What a check finds; where it fails, what the section would show."""
-    check, section = CHECKS[name]
     before, probe.refusal = dict(probe.settings), ""
     try:
         found = check(probe)
-    except (openai.OpenAIError, OSError, ValueError) as error:
+    except FAILURES as error:
         probe.settings.clear()
         probe.set(before)
-        # A lone OpenAIError is the section's own: the server has sent what it cannot use.
-        lasting = type(error) is openai.OpenAIError or not is_chance(error)
+        # A bare OpenAIError is the section's own: it cannot use what the server has sent.
+        useless = type(error) is openai.OpenAIError and probe.is_lasting(error)
+        lasting = useless or not is_chance(error)
         told, probe.refusal = probe.refusal or probe.s02.explain(error), ""
         found = Finding("no" if lasting else "unclear", told, section)
     else:
         if probe.refusal:
             probe.keep_settings()
             found = Finding("no", f"without the MODEL_OPTIONS below: {probe.refusal}", section)
-    found = found if isinstance(found, list) else [found]
-    return [replace(each, check=name) for each in found]
+    return found if isinstance(found, list) else [found]
 
 
-def run_checks(probe: Probe) -> list[Finding]:
+def run_checks(probe: Probe, checks: dict[str, tuple[Callable, int]]) -> list[Finding]:
     """All checks, told of as they end; what makes no sense after an earlier one is skipped."""
     findings: list[Finding] = []
     skipped: dict[str, str] = {}
-    for name in CHECKS:
+    for name, (check, section) in checks.items():
         if name in skipped:
             found = [Finding("skipped", f"because of: {skipped[name]}", check=name)]
         else:
-            found = run_check(probe, name)
+            found = [replace(each, check=name) for each in run_check(probe, check, section)]
             if found[0].mark in ("no", "unclear") and not probe.refusal:
                 skipped |= dict.fromkeys(NEEDED_BY.get(name, ()), name)
         for finding in found:
@@ -643,7 +653,7 @@ def fail(message: str) -> int:
 
 def load_probe(folder: Path) -> Probe:
     """The server that .env describes. Exits with a section's own line if it does not."""
-    s02, s03 = load_section("s02"), load_section("s03")
+    s01, s02, s03 = map(load_section, ("s01", "s02", "s03"))
     s02.NO_MODEL = s02.NO_MODEL.replace("s02", "check_model")
     s02.MAX_ROUNDS = ROUNDS
     agent = s02.load_agent()
@@ -653,7 +663,7 @@ def load_probe(folder: Path) -> Probe:
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     agent = replace(agent, workspace=folder, approval="never", show=lambda text: None)
-    return Probe(agent, s02, s03, int(window))
+    return Probe(agent, s01, s02, s03, int(window))
 
 
 def report(probe: Probe, findings: list[Finding]) -> int:
@@ -675,8 +685,7 @@ def report(probe: Probe, findings: list[Finding]) -> int:
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")
     given = parse()
-    if given.context:
-        CHECKS["context"] = (probe_context, 3)
+    checks = CHECKS | ({"context": (probe_context, 3)} if given.context else {})
     try:
         with tempfile.TemporaryDirectory() as folder:
             probe = load_probe(Path(folder).resolve())
@@ -684,7 +693,7 @@ def main() -> int:
             about = f"a dozen small requests{cost}, to {probe.settings['model']} at"
             row(probe, "", f"{about} {probe.client.base_url}")
             print()
-            return report(probe, run_checks(probe))
+            return report(probe, run_checks(probe, checks))
     except KeyboardInterrupt:
         print()
         return 130
