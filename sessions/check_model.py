@@ -201,11 +201,9 @@ def user(text: str) -> dict:
 def short(probe: Probe, error: Exception) -> str:
     """A failure in a word or two."""
     status = getattr(error, "status_code", None)
-    return (
-        f"HTTP {status}"
-        if status
-        else probe.s02.explain(error).partition(" - ")[0].partition(": ")[0]
-    )
+    if status:
+        return f"HTTP {status}"
+    return probe.s02.explain(error).partition(" - ")[0].partition(": ")[0]
 
 
 def retry_after(error: Exception) -> float:
@@ -240,7 +238,8 @@ def remedy(probe: Probe, error: Exception) -> dict:
     if status and "max_completion_tokens" in told and "max_tokens" in settings:
         return {"max_completion_tokens": settings["max_tokens"], "max_tokens": None}
     options = settings.keys() - {"model", "stream"}
-    return {key: None for key in sorted(options) if status and re.search(rf"\b{key}\b", told)}
+    named = [key for key in sorted(options) if re.search(rf"\b{re.escape(key)}\b", told)]
+    return dict.fromkeys(named if status else [])
 
 
 def limit_name(settings: dict) -> str:
@@ -255,9 +254,7 @@ def check_reachable(probe: Probe) -> Finding:
     url = str(probe.client.base_url)
     try:
         probe.models = list_models(probe.client)
-    except openai.APIConnectionError as error:
-        return Finding("no", probe.s02.explain(error), 1)
-    except openai.AuthenticationError as error:
+    except (openai.APIConnectionError, openai.AuthenticationError) as error:
         return Finding("no", probe.s02.explain(error), 1)
     except (openai.APIStatusError, ValueError):
         if not url.rstrip("/").endswith("/v1"):
@@ -469,7 +466,8 @@ def check_embeddings(probe: Probe) -> Finding:
         return Finding("ok", f"vectors of {sizes.pop()} numbers", 6)
     except (openai.OpenAIError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         told = probe.s02.explain(error).replace("check MODEL_ID", "check EMBEDDING_MODEL")
-        probe.lines["EMBEDDING_MODEL"] = ""
+        if not is_chance(error):
+            probe.lines["EMBEDDING_MODEL"] = ""
         return Finding("but", f"memory search goes by words alone: {told}", 6)
 
 
@@ -485,25 +483,23 @@ def check_lanes(probe: Probe) -> Finding:
         except FAILURES as error:
             outcomes.append(short(probe, error))
 
-    threads = [
-        threading.Thread(target=ask, args=[f"What is {n} + 1?"], daemon=True) for n in (1, 2)
-    ]
+    questions = ("What is 1 + 1?", "What is 2 + 1?")
+    threads = [threading.Thread(target=ask, args=[text], daemon=True) for text in questions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    failed = [outcome for outcome in outcomes if outcome]
-    if len(failed) == 2:
-        return Finding("unclear", f"of two requests at once both failed: {failed[0]}", 10)
-    if failed:
-        return Finding("but", f"of two requests at once one failed: {failed[0]}", 10)
-    return Finding("ok", "both were answered", 10)
+    if not any(outcomes):
+        return Finding("ok", "both were answered", 10)
+    mark, count = ("unclear", "both") if all(outcomes) else ("but", "one")
+    return Finding(mark, f"of two requests at once {count} failed: {max(outcomes)}", 10)
 
 
 def check_wire(probe: Probe) -> list[Finding]:
     """What was odd in the replies, though the sections cope; no request of its own."""
-    calls = sorted({quirk for chunks in probe.replies for quirk in quirks(probe.s02, chunks)})
-    found = [Finding("copes", "; ".join(calls), 2)] if calls else []
+    streamed = probe.settings["stream"]
+    calls = {quirk for reply in probe.replies for quirk in quirks(probe.s02, reply, streamed)}
+    found = [Finding("copes", "; ".join(sorted(calls)), 2)] if calls else []
     deltas = [delta for chunks in probe.replies for _, delta in deltas_of(chunks)]
     if any("<think>" in str(getattr(delta, "content", "")) for delta in deltas):
         found.append(Finding("but", "its thoughts (<think>) stand in its answers", 1))
@@ -522,7 +518,7 @@ def deltas_of(chunks: list) -> Iterator[tuple[str | None, object]]:
             yield getattr(choice, "finish_reason", None), delta
 
 
-def quirks(s02: ModuleType, chunks: list) -> Iterator[str]:
+def quirks(s02: ModuleType, chunks: list, streamed: bool) -> Iterator[str]:
     """What of a reply with tool calls is not as the API documents it."""
     parts: list[dict] = []
     finishes, values, indexes = set(), [], []
@@ -533,20 +529,15 @@ def quirks(s02: ModuleType, chunks: list) -> Iterator[str]:
             values.append(getattr(getattr(piece, "function", None), "arguments", None))
             indexes.append(getattr(piece, "index", None))
     ids = [part["id"] for part in parts if part["id"]]
-    streamed = any(
-        hasattr(choice, "delta") for c in chunks for choice in getattr(c, "choices", 0) or []
-    )
+    whole = [part["text"] for part in parts if part["text"].strip() not in ("", "null")]
     odd = {
-        "finish_reason is not tool_calls": "tool_calls" not in finishes != {None},
+        "finish_reason is not tool_calls": finishes != {None} and "tool_calls" not in finishes,
         "calls without an id": len(ids) < len(parts),
         "one id for two calls": len(set(ids)) < len(ids),
         "calls without an index": streamed and None in indexes,
         "one index for two calls": streamed and len(set(indexes)) < len(parts),
         "arguments as an object": any(isinstance(value, dict) for value in values),
-        "arguments that are no JSON": any(
-            part["text"].strip() not in ("", "null") and not s02.is_object(part["text"])
-            for part in parts
-        ),
+        "arguments that are no JSON": not all(map(s02.is_object, whole)),
     }
     return (text for text, is_so in odd.items() if parts and is_so)
 
