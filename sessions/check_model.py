@@ -186,6 +186,11 @@ class Probe:
         for key in [key for key, value in change.items() if value is None]:
             del self.settings[key]
 
+    def reset(self, settings: dict) -> None:
+        """Go on with the settings of before."""
+        self.settings.clear()
+        self.settings.update(settings)
+
     def keep_settings(self) -> None:
         """Put the settings that helped among the lines for .env."""
         options = {key: value for key, value in self.settings.items() if key != "model"}
@@ -294,15 +299,16 @@ def check_long(probe: Probe) -> Finding:
         whole = re.search(r"\b60\W*$", message["content"])
         text = "60 numbers came whole" if whole else "it ended by itself before 60"
         return Finding("ok", text)
-    size = len(message["content"])
-    before = dict(probe.settings)
+    before, refusal, helped = dict(probe.settings), probe.refusal, False
     probe.set({limit_name(before): LIMIT})
     with suppress(*FAILURES):
-        if probe.ask(question, probe.s01, [])[1] != "length":
-            probe.keep_settings()
-    if "MODEL_OPTIONS" not in probe.lines:
-        probe.settings.clear()
-        probe.set(before)
+        helped = probe.ask(question, probe.s01, [])[1] != "length"
+    probe.refusal = refusal
+    if helped:
+        probe.keep_settings()
+    else:
+        probe.reset(before)
+    size = len(message["content"])
     return Finding("but", f"answers are cut, this one after {size} characters", 1)
 
 
@@ -570,8 +576,7 @@ def run_check(probe: Probe, check: Callable, section: int) -> list[Finding]:
     try:
         found = check(probe)
     except FAILURES as error:
-        probe.settings.clear()
-        probe.set(before)
+        probe.reset(before)
         # A bare OpenAIError is the section's own: it cannot use what the server has sent.
         useless = type(error) is openai.OpenAIError and probe.is_lasting(error)
         lasting = useless or not is_chance(error)

@@ -404,6 +404,24 @@ def test_answers_that_are_cut(fake_model: FakeModel, run: Callable):
     assert report.lines == {"MODEL_OPTIONS": "'{\"max_tokens\": 2048}'"}
 
 
+def test_thoughts_that_leave_no_room(fake_model: FakeModel, run: Callable):
+    def thinker(body: dict) -> Item:
+        return answer(body) if body.get("max_tokens") else Text("", "length", reasoning="hm")
+
+    report = run(serve(fake_model, thinker))
+    start = "no: without the MODEL_OPTIONS below: the answer was cut at the length limit"
+    assert report.verdicts["s01"].startswith(start)
+    assert report.lines == {"MODEL_OPTIONS": "'{\"max_tokens\": 2048}'"}
+
+
+def test_answers_that_stay_cut(fake_model: FakeModel, run: Callable):
+    short = lambda body: Text(NUMBERS[:40], "length") if "60" in str(body) else answer(body)  # noqa: E731
+    report = run(serve(fake_model, short, MODEL_OPTIONS='{"max_tokens": 10}'))
+    assert report.verdicts["s01"].startswith("yes, but answers are cut, this one after 40")
+    assert not report.lines
+    assert {chat.body["max_tokens"] for chat in fake_model.chats[3:]} == {10}
+
+
 # --- weak models ---
 
 AS_TEXT = '<tool_call>{"name": "read_file", "arguments": {"path": "note.txt"}}</tool_call>'
