@@ -320,10 +320,26 @@ def test_settings_as_the_sections_want_them(env: dict, run: Callable, more: dict
     assert stop.value.code.startswith(told)
 
 
-def test_help_and_bad_flags(env: dict, run: Callable, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("flag", "status", "told"),
+    [
+        ("-h", 0, "some 4,000 tokens in all"),
+        (
+            "--all",
+            2,
+            "check_model.py: unrecognized arguments: --all; the one option is --context\n",
+        ),
+    ],
+)
+def test_help_and_bad_flags(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys, flag: str, status: int, told: str
+):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), flag])
     with pytest.raises(SystemExit) as stop:
-        run(env, "--all")
-    assert stop.value.code == 2
+        module.main()
+    shown = capsys.readouterr()
+    assert stop.value.code == status
+    assert told in shown.out if flag == "-h" else told == shown.err
 
 
 def test_ctrl_c(fake_model: FakeModel):
