@@ -519,9 +519,7 @@ def parse() -> argparse.Namespace:
     parser.error = lambda message: fail(f"{message}; options: --model NAME, --port 0 to 65535")
     parser.add_argument("--model", choices=WINDOWS, default="offline")
     parser.add_argument("--port", type=int)
-    parser.add_argument(
-        "section", nargs="?", help="the section to run, such as s03, or check_model"
-    )
+    parser.add_argument("section", nargs="?", help="a section such as s03, or check_model")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if not 0 <= (given.port or 0) <= 65535:
