@@ -519,7 +519,7 @@ def parse() -> argparse.Namespace:
     parser.error = lambda message: fail(f"{message}; options: --model NAME, --port 0 to 65535")
     parser.add_argument("--model", choices=WINDOWS, default="offline")
     parser.add_argument("--port", type=int)
-    parser.add_argument("section", nargs="?", help="the section to run, such as s03")
+    parser.add_argument("section", nargs="?", help="a section such as s03, or check_model")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if not 0 <= (given.port or 0) <= 65535:
@@ -545,6 +545,7 @@ def run_section(script: Path, arguments: list[str], model: str, url: str) -> int
 def main() -> int:
     given = parse()
     scripts = {path.name.partition("_")[0]: path for path in sorted(SECTIONS.glob("s*_*.py"))}
+    scripts["check_model"] = SECTIONS.parent / "check_model.py"
     if given.section and given.section not in scripts:
         fail(f"unknown section {given.section}: choose from {', '.join(scripts)}")
     port = given.port if given.port is not None else 0 if given.section else 8123

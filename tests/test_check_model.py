@@ -1,0 +1,574 @@
+"""Will my model work: the verdicts agree with what the sections do on the same server."""
+
+import io
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from types import ModuleType
+
+import corpora
+import pytest
+from conftest import Offline
+from fake_model import Chunks
+from fake_model import Error
+from fake_model import FakeModel
+from fake_model import Gate
+from fake_model import Html200
+from fake_model import Item
+from fake_model import Json200
+from fake_model import Text
+from fake_model import ToolCalls
+from fake_model import fold
+from harness import REPO
+from harness import Screen
+from harness import load
+from harness import pipe
+from harness import sections
+
+SCRIPT = REPO / "sessions" / "check_model.py"
+OFFLINE = [sys.executable, str(REPO / "sessions" / "offline_model.py")]
+S01, S02, *_ = sections()
+LABELS = [f"s{number:02}" for number in range(1, 11)]
+NUMBERS = " ".join(map(str, range(1, 61)))
+UNKNOWN_WINDOW = "yes, but CONTEXT_TOKENS is 128,000, and the server does not say: --context"
+
+
+@dataclass
+class Report:
+    """What a run has shown: a mark and a text for each check, a verdict for each section."""
+
+    status: int
+    text: str
+    checks: dict[str, tuple[str, str]] = field(default_factory=dict)
+    verdicts: dict[str, str] = field(default_factory=dict)
+    lines: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        joined = re.sub(r"\n {18,}", " ", self.text)
+        for line in joined.splitlines():
+            if match := re.fullmatch(r"(s\d\d) [a-z ]{17}(.*)", line):
+                self.verdicts[match[1]] = match[2]
+            elif match := re.fullmatch(r"([a-z ]{17})(\w+) +(\S.*)", line):
+                self.checks.setdefault(match[1].strip(), (match[2], match[3]))
+            elif match := re.fullmatch(r"([A-Z_]+)=(.*)", line):
+                self.lines[match[1]] = match[2]
+        rows = self.text.partition("\n\n")[2].splitlines()
+        assert max(map(len, rows)) < 80, self.text
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    return load(SCRIPT)
+
+
+@pytest.fixture
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Runs the script's main() here, in the given environment: a tenth of a process's time."""
+    monkeypatch.setattr(module, "PAUSE", 0)
+
+    def run(env: dict[str, str], *args: str) -> Report:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args])
+        out, told = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(told):
+            status = module.main()
+        out.seek(0)
+        assert not told.getvalue()
+        return Report(status, out.read())
+
+    return run
+
+
+def by_process(command: list, env: dict[str, str], *args: str) -> Report:
+    done = pipe(command, "", env, args)
+    assert not done.stderr
+    return Report(done.returncode, done.stdout)
+
+
+def answer(body: dict) -> Item:
+    """What a good model answers to each check."""
+    messages = body["messages"]
+    asked = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    text = messages[asked]["content"]
+    files = re.findall(r"\w+\.txt", text.rpartition("\n")[2])
+    if results := [m["content"] for m in messages[asked:] if m["role"] == "tool"]:
+        return Text("It says: " + " ".join(results))
+    if files and body.get("tools"):
+        return ToolCalls([("read_file", {"path": name}) for name in files])
+    if "Book a table" in text:
+        ada = {"guests": 4, "outside": True, "guest": {"name": "Ada"}, "wishes": ["quiet"]}
+        return ToolCalls([("book_table", ada)])
+    if "code word" in text and len(messages) > 1:
+        told = re.search(r"word is (\w+)", messages[0]["content"])
+        return Text(f"It is {told[1]}." if told else "I do not know.")
+    answers = {"Count to 60": NUMBERS, "cat is Miso": "The cat is Miso, the dog Rex."}
+    answers |= {"Who are you": "I am Luna.", "": "Four."}
+    told = next(told for words, told in answers.items() if words in text)
+    return Text(told, pieces=[told[:9], told[9:]])
+
+
+def serve(fake: FakeModel, item: Callable[[dict], Item] = answer, **more: str) -> dict[str, str]:
+    """Answer each request by a function; the environment for it."""
+    fake.script("m", [item], repeat=True)
+    return fake.env("m", **more)
+
+
+def refusing(word: str, message: str, status: int = 400) -> Callable[[dict], Item]:
+    """A server that refuses each request that has a key."""
+    failure = Error(status, body=corpora.error(message, type=corpora.INVALID))
+    return lambda body: failure if body.get(word) else answer(body)
+
+
+def together(fake: FakeModel, second: Item | None = None) -> Callable[[dict], Item]:
+    """A server on which, of two requests at once, the first is answered when both are there."""
+    both = threading.Event()
+
+    def respond(body: dict) -> Item:
+        if "+ 1" not in body["messages"][-1]["content"]:
+            return answer(body)
+        if sum("+ 1" in chat.messages[-1]["content"] for chat in fake.chats) == 2:
+            both.set()
+            return second or answer(body)
+        return Gate(both, answer(body))
+
+    return respond
+
+
+def changing(change: Callable[[dict], None], at_calls: bool = True) -> Callable[[dict], Item]:
+    """A server that streams each piece of a tool call, or each chunk, with a change."""
+
+    def respond(body: dict) -> Item:
+        chunks = answer(body).chunks()
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                for part in choice["delta"].get("tool_calls", ()) if at_calls else [choice]:
+                    change(part)
+        return Chunks(chunks)
+
+    return respond
+
+
+# --- the offline model ---
+
+
+def test_the_offline_model_runs_it(env: dict):
+    report = by_process([*OFFLINE, "check_model"], env | {"OFFLINE_PACE": "0"})
+    assert report.status == 0
+    assert [*report.verdicts] == LABELS
+    assert report.verdicts.pop("s03").startswith(UNKNOWN_WINDOW)
+    assert set(report.verdicts.values()) == {"yes"}
+    assert not report.lines
+    assert report.text.endswith("\n11 requests, about 2,367 tokens sent.\n")
+
+
+@pytest.mark.parametrize("temper", ["offline", "offline-small", "offline-clumsy"])
+def test_tempers_with_context(offline: Offline, run: Callable, temper: str):
+    settings = {"MODEL_ID": temper, "CONTEXT_TOKENS": "5000", "EMBEDDING_MODEL": "offline-embed"}
+    report = run(offline.env | settings, "--context")
+    assert report.status == 0
+    assert report.checks["parallel calls"] == ("ok", "two calls at once")
+    assert report.checks["embeddings"] == ("ok", "vectors of 256 numbers")
+    expected = dict.fromkeys(LABELS, "yes")
+    if temper == "offline-small":
+        refused = "a conversation of about 4,294 tokens is refused, and section 3 then makes room"
+        expected["s03"] = f"yes, the section copes: {refused}"
+    elif temper == "offline-clumsy":
+        wire = "arguments that are no JSON; finish_reason is not tool_calls"
+        cut = "its answer to a tool's result was cut"
+        expected["s02"] = f"yes, the section copes: {wire}, but {cut}"
+        expected["s03"] = "yes, but its summary was cut"
+    assert report.verdicts == expected
+    assert report.lines == ({"CONTEXT_TOKENS": "4096"} if temper == "offline-small" else {})
+
+
+def test_the_flaky_temper(env: dict, run: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OFFLINE_STALL", "3")
+    server = load(REPO / "sessions" / "offline_model.py").serve(pace=0)
+    try:
+        settings = {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": server.url}
+        settings |= {"MODEL_ID": "offline-flaky", "MODEL_TIMEOUT": "1"}
+        report = run(env | settings)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert report.status == 1
+    assert report.checks["plain answer"][0] == "ok"
+    wire = report.checks["the wire"]
+    assert wire[0] == "but" and "8 of 1" in wire[1] and "section 9 tries again" in wire[1]
+    assert "unclear" in {mark for mark, _ in report.checks.values()}
+    assert not any(verdict.startswith("no") for verdict in report.verdicts.values())
+
+
+# --- a good server ---
+
+
+def test_a_good_model(fake_model: FakeModel, run: Callable):
+    report = run(serve(fake_model, together(fake_model)))
+    assert report.status == 0
+    assert report.verdicts.pop("s03").startswith(UNKNOWN_WINDOW)
+    assert set(report.verdicts.values()) == {"yes"}
+    assert report.checks["typed arguments"] == ("ok", "a number came as a number")
+    assert {mark for mark, _ in report.checks.values()} == {"ok", "but"}
+    assert len(fake_model.chats) == 11
+
+
+def test_the_window_that_a_server_tells(fake_model: FakeModel, run: Callable):
+    models = [{"id": "m", "max_model_len": 8192}]
+    fake_model.script("", [Json200({"data": models})], repeat=True)
+    report = run(serve(fake_model))
+    assert report.verdicts["s03"] == "yes, but CONTEXT_TOKENS is 128,000, and the server says 8,192"
+    assert report.lines == {"CONTEXT_TOKENS": "8192"}
+    assert run(serve(fake_model, CONTEXT_TOKENS="8192")).verdicts["s03"] == "yes"
+
+
+def test_a_window_that_drops_silently(fake_model: FakeModel, run: Callable):
+    def forgetful(body: dict) -> Item:
+        if len(json.dumps(body["messages"])) < 8000:
+            return answer(body)
+        return Text("You told me no word.", usage={"prompt_tokens": 1990})
+
+    report = run(serve(fake_model, forgetful, CONTEXT_TOKENS="8000"), "--context")
+    assert report.status == 1
+    assert re.fullmatch(r"no: .* silently dropped all but 1,990", report.verdicts["s03"])
+    assert report.verdicts["s10"] == "no: as s03"
+    assert report.lines == {"CONTEXT_TOKENS": "1990"}
+
+
+def test_a_model_that_only_forgets(fake_model: FakeModel, run: Callable):
+    def weak(body: dict) -> Item:
+        return Text("What word?") if len(body["messages"]) > 9 else answer(body)
+
+    report = run(serve(fake_model, weak, CONTEXT_TOKENS="8000"), "--context")
+    assert report.verdicts["s03"].startswith("unclear: of a conversation of about 6,")
+    assert report.status == 1 and not report.lines
+
+
+OVERFLOWS = [name for name, failure in corpora.ERRORS.items() if failure.kind == "overflow"]
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_every_overflow_is_known_as_one(fake_model: FakeModel, run: Callable, name: str):
+    failure = corpora.ERRORS[name]
+    error = Error(failure.status, failure.headers, failure.body)
+    full = lambda body: error if len(body["messages"]) > 9 else answer(body)  # noqa: E731
+    report = run(serve(fake_model, full, CONTEXT_TOKENS="20000"), "--context")
+    assert report.verdicts["s03"].startswith("yes, the section copes: ")
+    told = int(report.lines.get("CONTEXT_TOKENS", 0))
+    assert not told or re.search(rf"\b{told}\b", json.dumps(failure.body))
+
+
+# --- no server, no key, no model ---
+
+
+def test_no_server(env: dict, run: Callable):
+    settings = {"OPENAI_API_KEY": "k", "MODEL_ID": "m", "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+    report = run(env | settings)
+    assert report.status == 1
+    assert report.verdicts["s01"].startswith("no: Connection error.")
+    assert report.checks["plain answer"] == ("skipped", "because of: reachable")
+    assert report.text.endswith("\n0 requests, about 0 tokens sent.\n")
+
+
+def test_wrong_key(offline: Offline, run: Callable):
+    report = run(offline.env | {"OPENAI_API_KEY": "wrong"})
+    assert report.checks["reachable"][0] == "no"
+    assert report.verdicts["s01"].startswith("no: Error code: 401")
+    assert "check OPENAI_API_KEY" in report.verdicts["s01"]
+
+
+def test_wrong_model(offline: Offline, run: Callable):
+    report = run(offline.env | {"MODEL_ID": "offlin"})
+    assert "it does not list offlin, but offline" in report.checks["reachable"][1]
+    assert report.verdicts["s01"].startswith("no: Error code: 404")
+    assert report.verdicts["s02"] == "no: as s01"
+
+
+def test_address_without_v1(offline: Offline, run: Callable):
+    short = offline.url.removesuffix("/v1")
+    report = run(offline.env | {"OPENAI_BASE_URL": short})
+    assert report.lines == {"OPENAI_BASE_URL": offline.url}
+    assert report.verdicts["s01"].startswith("no: no models at")
+
+
+def test_a_web_page(fake_model: FakeModel, run: Callable):
+    fake_model.script(None, [Html200()], repeat=True)
+    report = run(fake_model.env("m"))
+    assert report.status == 1
+    assert report.verdicts["s01"].startswith("no: ")
+    assert report.checks["tool call"] == ("skipped", "because of: plain answer")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set"),
+        ({"MODEL_OPTIONS": "{"}, ".env, OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT: "),
+        ({"CONTEXT_TOKENS": "8k"}, "CONTEXT_TOKENS must be a number of tokens, not '8k'"),
+    ],
+)
+def test_settings_as_the_sections_want_them(env: dict, run: Callable, more: dict, told: str):
+    with pytest.raises(SystemExit) as stop:
+        run(env | {"OPENAI_API_KEY": "k", "MODEL_ID": "m"} | more)
+    assert stop.value.code.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("flag", "status", "told"),
+    [
+        ("-h", 0, "some 4,000 tokens in all"),
+        (
+            "--all",
+            2,
+            "check_model.py: unrecognized arguments: --all; the one option is --context\n",
+        ),
+    ],
+)
+def test_help_and_bad_flags(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys, flag: str, status: int, told: str
+):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), flag])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    shown = capsys.readouterr()
+    assert stop.value.code == status
+    assert told in shown.out if flag == "-h" else told == shown.err
+
+
+def test_ctrl_c(fake_model: FakeModel):
+    gate = threading.Event()
+    env = serve(fake_model, lambda body: Gate(gate))
+    with Screen(SCRIPT, env) as screen:
+        fake_model.wait(1)
+        screen.press("ctrl-c")
+        assert screen.wait_exit() == 130
+        assert "Traceback" not in screen.text
+    gate.set()
+
+
+# --- servers that want or refuse something ---
+
+
+def test_tools_are_refused(fake_model: FakeModel, run: Callable):
+    report = run(serve(fake_model, refusing("tools", "m does not support tools")))
+    assert report.verdicts["s01"] == "yes"
+    assert report.verdicts["s02"].startswith("no: Error code: 400 - m does not support tools")
+    assert report.verdicts["s10"] == "no: as s02"
+    assert report.checks["parallel calls"] == ("skipped", "because of: tool call")
+    assert report.checks["system prompt"][0] == "ok"
+
+
+def test_streaming_is_refused(fake_model: FakeModel, run: Callable):
+    env = serve(fake_model, refusing("stream", "'stream' is not supported"))
+    report = run(env)
+    assert report.verdicts["s01"].startswith("no: without the MODEL_OPTIONS below: Error code: 400")
+    assert report.checks["tool call"][0] == "ok"
+    assert report.lines == {"MODEL_OPTIONS": "'{\"stream\": false}'"}
+    again = run(env | {"MODEL_OPTIONS": report.lines["MODEL_OPTIONS"].strip("'")})
+    assert again.status == 0 and again.verdicts["s01"] == "yes"
+
+
+def test_streaming_is_ignored(fake_model: FakeModel, run: Callable):
+    def whole(body: dict) -> Item:
+        return Json200(fold(answer(body).chunks(), "m"))
+
+    report = run(serve(fake_model, whole))
+    assert report.lines == {"MODEL_OPTIONS": "'{\"stream\": false}'"}
+    assert report.checks["streaming"][1].startswith("off")
+
+
+def test_a_reasoning_model(fake_model: FakeModel, run: Callable):
+    effort = corpora.ERRORS["effort"]
+
+    def thinker(body: dict) -> Item:
+        lazy = body.get("reasoning_effort") == "none" or "tools" not in body
+        return answer(body) if lazy else Error(effort.status, body=effort.body)
+
+    report = run(serve(fake_model, thinker))
+    assert report.verdicts["s01"] == "yes"
+    assert report.verdicts["s02"].startswith("no: without the MODEL_OPTIONS below: ")
+    assert report.lines == {"MODEL_OPTIONS": '\'{"reasoning_effort": "none"}\''}
+
+
+def test_an_option_that_is_refused(fake_model: FakeModel, run: Callable):
+    refuse = refusing("max_tokens", "Use 'max_completion_tokens' instead of 'max_tokens'.")
+    env = serve(fake_model, refuse, MODEL_OPTIONS='{"max_tokens": 900}')
+    assert run(env).lines == {"MODEL_OPTIONS": "'{\"max_completion_tokens\": 900}'"}
+    env = serve(fake_model, refusing("top_k", "unknown: top_k"), MODEL_OPTIONS='{"top_k": 4}')
+    report = run(env)
+    assert report.lines == {"MODEL_OPTIONS": "'{}'"}
+    assert report.verdicts["s01"].startswith("no: without the MODEL_OPTIONS below: ")
+
+
+def test_answers_that_are_cut(fake_model: FakeModel, run: Callable):
+    def short(body: dict) -> Item:
+        item = answer(body)
+        if isinstance(item, Text) and len(item.text) > 60 and "max_tokens" not in body:
+            return Text(item.text[:60], "length")
+        return item
+
+    report = run(serve(fake_model, short))
+    assert report.status == 0
+    assert report.verdicts["s01"].startswith("yes, but answers are cut, this one after 60")
+    assert report.lines == {"MODEL_OPTIONS": "'{\"max_tokens\": 2048}'"}
+
+
+def test_thoughts_that_leave_no_room(fake_model: FakeModel, run: Callable):
+    def thinker(body: dict) -> Item:
+        return answer(body) if body.get("max_tokens") else Text("", "length", reasoning="hm")
+
+    report = run(serve(fake_model, thinker))
+    start = "no: without the MODEL_OPTIONS below: the answer was cut at the length limit"
+    assert report.verdicts["s01"].startswith(start)
+    assert report.lines == {"MODEL_OPTIONS": "'{\"max_tokens\": 2048}'"}
+
+
+def test_answers_that_stay_cut(fake_model: FakeModel, run: Callable):
+    short = lambda body: Text(NUMBERS[:40], "length") if "60" in str(body) else answer(body)  # noqa: E731
+    report = run(serve(fake_model, short, MODEL_OPTIONS='{"max_tokens": 10}'))
+    assert report.verdicts["s01"].startswith("yes, but answers are cut, this one after 40")
+    assert not report.lines
+    assert {chat.body["max_tokens"] for chat in fake_model.chats[3:]} == {10}
+
+
+# --- weak models ---
+
+AS_TEXT = '<tool_call>{"name": "read_file", "arguments": {"path": "note.txt"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("told", "start"),
+    [
+        ("The word is tamarind.", "no: answered with text in place of a call: 'The word is"),
+        (AS_TEXT, "no: wrote its call as text, not as a call (llama.cpp wants --jinja"),
+    ],
+)
+def test_text_in_place_of_a_call(fake_model: FakeModel, run: Callable, told: str, start: str):
+    env = serve(fake_model, lambda body: Text(told) if body.get("tools") else answer(body))
+    assert run(env).verdicts["s02"].startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "start"),
+    [
+        ("read_file", {"path": "note.txt"}, "no: went on calling after 4 rounds"),
+        ("read_file", {"path": 7}, "no: its calls did not work: 'error: path must be string"),
+        ("find", {}, "no: its calls did not work: 'error: there is no tool find"),
+    ],
+)
+def test_calls_without_end(
+    fake_model: FakeModel, run: Callable, name: str, arguments: dict, start: str
+):
+    call = ToolCalls([(name, arguments)])
+    ids = iter(range(1000))
+
+    def stubborn(body: dict) -> Item:
+        if not body.get("tools"):
+            return answer(body)
+        return ToolCalls(call.calls, ids=[f"c{next(ids)}"])
+
+    assert run(serve(fake_model, stubborn)).verdicts["s02"].startswith(start)
+
+
+def test_numbers_as_text_and_thoughts(fake_model: FakeModel, run: Callable):
+    def weak(body: dict) -> Item:
+        item = answer(body)
+        if isinstance(item, ToolCalls) and "book_table" in str(item.calls):
+            return ToolCalls([("book_table", {"guests": "4"})])
+        return Text(f"<think>hm</think>{item.text}") if isinstance(item, Text) else item
+
+    report = run(serve(fake_model, weak))
+    assert report.verdicts["s01"] == "yes, but its thoughts (<think>) stand in its answers"
+    assert report.verdicts["s02"] == "yes, but an argument that is a number came as '4'"
+
+
+def test_one_request_at_a_time(fake_model: FakeModel, run: Callable):
+    report = run(serve(fake_model, together(fake_model, Error(429))))
+    assert report.verdicts["s10"] == "yes, but of two requests at once one failed: HTTP 429"
+
+
+def test_embeddings_that_do_not_come(fake_model: FakeModel, run: Callable):
+    fake_model.script("e", [Error(404)], repeat=True)
+    report = run(serve(fake_model, EMBEDDING_MODEL="e"))
+    assert report.verdicts["s06"].startswith("yes, but memory search goes by words alone: Error")
+    assert report.lines == {"EMBEDDING_MODEL": ""}
+
+
+# --- the quirks of the field: what the section does decides ---
+
+
+def put(part: dict, **fields: object) -> None:
+    part.update(fields)
+
+
+def as_object(part: dict) -> None:
+    """All arguments at once, as an object, in place of three pieces of text."""
+    name = part["function"].get("name")
+    part["function"]["arguments"] = {"path": "note.txt"} if name else None
+
+
+def unfinished(choice: dict) -> None:
+    choice["finish_reason"] = None
+
+
+QUIRKS = {
+    "finish_reason is not tool_calls": changing(
+        lambda choice: choice["finish_reason"] and put(choice, finish_reason="stop"), False
+    ),
+    "calls without an id": changing(lambda part: part.pop("id", None)),
+    "one id for two calls": changing(lambda part: "id" in part and put(part, id="same")),
+    "calls without an index": changing(lambda part: part.pop("index")),
+    "one index for two calls": changing(lambda part: put(part, index=0)),
+    "arguments as an object": changing(as_object),
+}
+
+
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_quirks_with_which_section_2_copes(
+    fake_model: FakeModel, run: Callable, workspace: Path, quirk: str
+):
+    env = serve(fake_model, QUIRKS[quirk])
+    report = run(env)
+    assert report.verdicts["s02"].startswith("yes, the section copes: ")
+    assert quirk in report.verdicts["s02"]
+    assert "tamarind" in by_section_2(env, workspace)
+
+
+def test_a_quirk_with_which_it_does_not(fake_model: FakeModel, run: Callable, workspace: Path):
+    def unfinished_calls(body: dict) -> Item:
+        return changing(unfinished, False)(body) if body.get("tools") else answer(body)
+
+    env = serve(fake_model, unfinished_calls)
+    assert run(env).verdicts["s02"].startswith("no: the answer broke off")
+    assert "[the answer broke off" in by_section_2(env, workspace)
+
+
+def by_section_2(env: dict, workspace: Path) -> str:
+    """What the section itself shows where the check says that it copes."""
+    (workspace / "note.txt").write_text("The code word is tamarind.", encoding="utf-8")
+    return pipe(S02, "read note.txt\n", env).stdout.partition("agent>")[2]
+
+
+@pytest.mark.parametrize("name", [*corpora.STREAMS, *sorted({*corpora.ERRORS} - {*OVERFLOWS})])
+def test_section_1_agrees(env: dict, run: Callable, name: str):
+    """Each odd stream and each error as the answer to everything."""
+    with FakeModel(env) as server:
+        report = run(server.env(name))
+        said = pipe(S01, "hello\n", server.env(name))
+    verdict = report.verdicts["s01"]
+    assert verdict.startswith("yes") == (said.returncode == 0), report.text
+    assert verdict.startswith("unclear") <= (
+        name in ("mid_error", "mid_error_str") or is_chance(name)
+    )
+
+
+def is_chance(name: str) -> bool:
+    """Whether an error may be gone a little later."""
+    return name in corpora.ERRORS and corpora.ERRORS[name].kind in ("retry", "rate")
