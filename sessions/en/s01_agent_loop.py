@@ -28,7 +28,7 @@ from dotenv import load_dotenv
 # --- s01: the agent loop ---
 
 NO_MODEL = f"""OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this section's name
 CHECK = {
     400: "if the conversation is too long, begin a new one",
     401: "check OPENAI_API_KEY",
@@ -56,40 +56,41 @@ def load_agent() -> Agent:
     try:
         load_dotenv()
         key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
-        if not re.fullmatch("[!-~]+", key) or not model:
+        if not re.fullmatch("[!-~]+", key) or not model:  # a header takes ASCII alone
             sys.exit(NO_MODEL)
         options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
         settings = {"model": model, "stream": True, **options}
         timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
         if not 0 < timeout.read < 1e6:
-            raise ValueError(f"{timeout.read} seconds")
+            raise ValueError(f"nobody can wait {timeout.read} seconds")
         url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
         return Agent(client, settings, [], show)
-    except Exception as error:  # neither library documents what it may raise here
+    except Exception as error:  # dotenv and openai do not say what they may raise
         sys.exit(f".env, OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT: {error}")
 
 
 def show(text: str) -> None:
-    """Print a piece of the answer as it arrives, without control characters."""
+    """Print a piece as it arrives, without what steers a terminal or turns its text round."""
     hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
     print(re.sub(hidden, "", text), end="", flush=True)
 
 
 def plain(text: str) -> str:
-    """The text with halves of characters mended: no server takes them back."""
+    """The text without surrogates: a pair that a stream has parted is joined, a half replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def explain(error: BaseException) -> str:
-    """One line for a person: what went wrong, where, and what to check."""
+    """One line for a person: what went wrong and its cause, where, and what to check."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     told = error if isinstance(error, openai.OpenAIError | OSError) else repr(error)
     url = getattr(getattr(error, "request", None), "url", "")
     body = getattr(error, "body", None)
+    body = "" if isinstance(body, dict) and "message" in body else body  # then it is told
     hint = CHECK.get(getattr(error, "status_code", None))
-    parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
+    parts = (told, error.__cause__, body, url, hint)
     return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
 
 
@@ -104,7 +105,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     if stream and "json" in reply.response.headers.get("content-type", ""):
         raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
     text, finish_reason = "", None
-    for chunk in reply if stream else [reply]:
+    for chunk in reply if stream else [reply]:  # the SDK checks no field of it
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
             delta = getattr(choice, "delta" if stream else "message", None)
@@ -148,7 +149,7 @@ def answer(agent: Agent, text: str) -> str:
 def main() -> int:
     """Read a line, answer it, and round again. Returns the exit status."""
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")  # a strange letter must not end the program
     with suppress(ImportError):  # Windows has no readline
         import readline
 
@@ -164,14 +165,14 @@ def main() -> int:
                 print(text)  # a pipe does not echo
             if text.strip() in ("quit", "exit"):
                 break
-            if text.startswith("/"):
+            if text.startswith("/"):  # a mistyped command is no question
                 print(f"{text.split()[0]} is no command; start with a space to say it anyway")
             elif text.strip():
                 print("agent> ", end="", flush=True)
                 failed |= not answer(agent, text)
                 print()
     print()
-    return int(failed and not sys.stdin.isatty())
+    return int(failed and not sys.stdin.isatty())  # for a script; a person has seen it
 
 
 if __name__ == "__main__":

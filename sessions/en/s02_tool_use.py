@@ -34,7 +34,7 @@ from dotenv import load_dotenv
 # --- s01: the agent loop ---
 
 NO_MODEL = f"""OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this section's name
 CHECK = {
     400: "if the conversation is too long, begin a new one",
     401: "check OPENAI_API_KEY",
@@ -65,43 +65,44 @@ def load_agent() -> Agent:
     try:
         load_dotenv()
         key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
-        if not re.fullmatch("[!-~]+", key) or not model:
+        if not re.fullmatch("[!-~]+", key) or not model:  # a header takes ASCII alone
             sys.exit(NO_MODEL)
         options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
         settings = {"model": model, "stream": True, **options}
         timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
         if not 0 < timeout.read < 1e6:
-            raise ValueError(f"{timeout.read} seconds")
+            raise ValueError(f"nobody can wait {timeout.read} seconds")
         url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
         approval = os.getenv("APPROVAL") or "ask"
         if approval not in ("ask", "always", "never"):
             sys.exit(f"APPROVAL must be ask, always or never, not {approval!r}")
         return Agent(client, settings, [], show, load_workspace(), approval, TOOLS)
-    except Exception as error:  # neither library documents what it may raise here
+    except Exception as error:  # dotenv and openai do not say what they may raise
         sys.exit(f".env, OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT: {error}")
 
 
 def show(text: str) -> None:
-    """Print a piece of the answer as it arrives, without control characters."""
+    """Print a piece as it arrives, without what steers a terminal or turns its text round."""
     hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
     print(re.sub(hidden, "", text), end="", flush=True)
 
 
 def plain(text: str) -> str:
-    """The text with halves of characters mended: no server takes them back."""
+    """The text without surrogates: a pair that a stream has parted is joined, a half replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def explain(error: BaseException) -> str:
-    """One line for a person: what went wrong, where, and what to check."""
+    """One line for a person: what went wrong and its cause, where, and what to check."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     told = error if isinstance(error, openai.OpenAIError | OSError) else repr(error)
     url = getattr(getattr(error, "request", None), "url", "")
     body = getattr(error, "body", None)
+    body = "" if isinstance(body, dict) and "message" in body else body  # then it is told
     hint = CHECK.get(getattr(error, "status_code", None))
-    parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
+    parts = (told, error.__cause__, body, url, hint)
     return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
 
 
@@ -119,7 +120,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
     text, finish_reason = "", None
     calls, thoughts = [], ""
-    for chunk in reply if stream else [reply]:
+    for chunk in reply if stream else [reply]:  # the SDK checks no field of it
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
             delta = getattr(choice, "delta" if stream else "message", None)
@@ -249,7 +250,7 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
     calls = []
     for part in parts:
         call_id = plain(str(part["id"] or ""))
-        call_id = os.urandom(12).hex() if call_id in {*used, ""} else call_id
+        call_id = os.urandom(12).hex() if not call_id or call_id in used else call_id
         used.add(call_id)
         name = re.sub("[^a-zA-Z0-9_-]", "_", str(part["name"] or "unnamed"))[:64]
         function = {"name": name, "arguments": plain_arguments(part["text"])}
@@ -260,9 +261,9 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is a JSON object for others than Python, too: no NaN, no half letters."""
+    """Whether a text is a JSON object for others than Python, too: no NaN, no lone surrogate."""
     try:
-        value = json.loads(text, parse_constant=int)
+        value = json.loads(text, parse_constant=int)  # int("NaN") raises, as encode() below may
         return isinstance(value, dict) and bool(json.dumps(value, ensure_ascii=False).encode())
     except (ValueError, RecursionError):
         return False
@@ -294,7 +295,7 @@ def close_calls(messages: list[dict]) -> None:
 
 
 def open_calls(messages: list[dict]) -> list[dict]:
-    """The tool calls at the end of the history that have no result yet."""
+    """The last tool calls of the history without a result yet; results are in their order."""
     for answered, message in enumerate(reversed(messages)):
         if message["role"] != "tool":
             return message.get("tool_calls", [])[answered:]
@@ -311,7 +312,7 @@ def run_tool(agent: Agent, call: dict) -> str:
         check_arguments(name, arguments)
         result = TOOL_HANDLERS[name](agent, **arguments)
     except Exception as error:  # a tool may fail in any way, and the model has to hear of it
-        result = f"error: {error or type(error).__name__}"
+        result = f"error: {str(error) or type(error).__name__}"
     return cut_middle(plain(result))
 
 
@@ -330,8 +331,8 @@ def check_arguments(name: str, arguments: dict) -> None:
 
 
 def cut_middle(text: str, limit: int = MAX_RESULT) -> str:
-    """A text of at most `limit` characters: a longer one loses its middle."""
-    half = max(limit // 2 - 50, 10)
+    """A text of about `limit` characters: a longer one loses its middle, an empty one says so."""
+    half = max(limit // 2 - 50, 10)  # and 100 for the note between
     if len(text) <= limit:
         return text or "(empty)"
     return f"{text[:half]}\n[... cut: only the first and last {half:,} characters]\n{text[-half:]}"
@@ -391,7 +392,7 @@ def read_file(agent: Agent, path: str, offset: int = 1, limit: int = 2000) -> st
     )
     start = max(offset, 1) - 1
     chosen = lines[start : start + max(limit, 1)]
-    text = cut_middle("\n".join(chosen))
+    text = cut_middle("\n".join(chosen)) if chosen else f"(no line {offset})"
     return text if chosen == lines else f"{text}\n[from line {start + 1} of {len(lines)}]"
 
 
@@ -411,9 +412,9 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     file = workspace_path(agent, path)
     text = load_text(file)
     if "\r\n" in text and (old_text not in text or "\n" not in old_text):
-        # Models write bare line feeds, where this file has others.
+        # Models write \n where this file has \r\n; what fits with its \n stays as it is.
         old_text, new_text = (re.sub("\r?\n", "\r\n", part) for part in (old_text, new_text))
-    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0
+    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0  # overlaps, too
     if count != 1:
         raise ValueError(f"old_text occurs {count} times in {path}; it must occur exactly once")
     replace_file(file, text.replace(old_text, new_text))
@@ -490,7 +491,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def read_ends(process: subprocess.Popen, data: bytearray) -> None:
     """Read a process's output to its end into `data`, which keeps only the first and last bytes."""
-    keep = 4 * MAX_RESULT
+    keep = 4 * MAX_RESULT  # a character has up to 4 bytes
     while piece := process.stdout.read1(65536):
         data += piece
         del data[keep : max(keep, len(data) - keep)]
@@ -502,7 +503,7 @@ def read_ends(process: subprocess.Popen, data: bytearray) -> None:
 def main() -> int:
     """Read a line, answer it, and round again. Returns the exit status."""
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")  # a strange letter must not end the program
     with suppress(ImportError):  # Windows has no readline
         import readline
 
@@ -518,14 +519,14 @@ def main() -> int:
                 print(text)  # a pipe does not echo
             if text.strip() in ("quit", "exit"):
                 break
-            if text.startswith("/"):
+            if text.startswith("/"):  # a mistyped command is no question
                 print(f"{text.split()[0]} is no command; start with a space to say it anyway")
             elif text.strip():
                 print("agent> ", end="", flush=True)
                 failed |= not answer(agent, text)
                 print()
     print()
-    return int(failed and not sys.stdin.isatty())
+    return int(failed and not sys.stdin.isatty())  # for a script; a person has seen it
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ from websockets.http11 import Response
 # --- s01: the agent loop ---
 
 NO_MODEL = f"""OPENAI_API_KEY (no blanks in it) and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this section's name
 CHECK = {
     400: "if the conversation is too long, begin a new one",
     401: "check OPENAI_API_KEY",
@@ -130,43 +130,44 @@ def load_agent() -> Agent:
     try:
         load_dotenv()
         key, model = (os.getenv(name, "").strip() for name in ("OPENAI_API_KEY", "MODEL_ID"))
-        if not re.fullmatch("[!-~]+", key) or not model:
+        if not re.fullmatch("[!-~]+", key) or not model:  # a header takes ASCII alone
             sys.exit(NO_MODEL)
         options = json.loads(os.getenv("MODEL_OPTIONS") or "{}")
         settings = {"model": model, "stream": True, **options}
         timeout = openai.Timeout(float(os.getenv("MODEL_TIMEOUT") or 180), connect=10)
         if not 0 < timeout.read < 1e6:
-            raise ValueError(f"{timeout.read} seconds")
+            raise ValueError(f"nobody can wait {timeout.read} seconds")
         url = os.getenv("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=timeout)
         approval = os.getenv("APPROVAL") or "ask"
         if approval not in ("ask", "always", "never"):
             sys.exit(f"APPROVAL must be ask, always or never, not {approval!r}")
         return Agent(client, settings, [], show, load_workspace(), approval, TOOLS)
-    except Exception as error:  # neither library documents what it may raise here
+    except Exception as error:  # dotenv and openai do not say what they may raise
         sys.exit(f".env, OPENAI_BASE_URL, MODEL_OPTIONS or MODEL_TIMEOUT: {error}")
 
 
 def show(text: str) -> None:
-    """Print a piece of the answer as it arrives, without control characters."""
+    """Print a piece as it arrives, without what steers a terminal or turns its text round."""
     hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
     print(re.sub(hidden, "", text), end="", flush=True)
 
 
 def plain(text: str) -> str:
-    """The text with halves of characters mended: no server takes them back."""
+    """The text without surrogates: a pair that a stream has parted is joined, a half replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def explain(error: BaseException) -> str:
-    """One line for a person: what went wrong, where, and what to check."""
+    """One line for a person: what went wrong and its cause, where, and what to check."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     told = error if isinstance(error, openai.OpenAIError | OSError) else repr(error)
     url = getattr(getattr(error, "request", None), "url", "")
     body = getattr(error, "body", None)
+    body = "" if isinstance(body, dict) and "message" in body else body  # then it is told
     hint = CHECK.get(getattr(error, "status_code", None))
-    parts = (told, error.__cause__, body if isinstance(body, str) else "", url, hint)
+    parts = (told, error.__cause__, body, url, hint)
     line = " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
     keys = [v for name, v in os.environ.items() if "_API_KEY" in name and len(v) > 9]
     for key in keys:  # some servers repeat it, and others may read this
@@ -193,7 +194,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
     text, finish_reason = "", None
     calls, thoughts = [], ""
-    for chunk in reply if stream else [reply]:
+    for chunk in reply if stream else [reply]:  # the SDK checks no field of it
         used = getattr(getattr(chunk, "usage", None), "prompt_tokens", None)
         agent.used = used if isinstance(used, int) else agent.used
         for choice in getattr(chunk, "choices", None) or []:
@@ -328,7 +329,7 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
     calls = []
     for part in parts:
         call_id = plain(str(part["id"] or ""))
-        call_id = os.urandom(12).hex() if call_id in {*used, ""} else call_id
+        call_id = os.urandom(12).hex() if not call_id or call_id in used else call_id
         used.add(call_id)
         name = re.sub("[^a-zA-Z0-9_-]", "_", str(part["name"] or "unnamed"))[:64]
         function = {"name": name, "arguments": plain_arguments(part["text"])}
@@ -339,9 +340,9 @@ def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
 
 
 def is_object(text: str) -> bool:
-    """Whether a text is a JSON object for others than Python, too: no NaN, no half letters."""
+    """Whether a text is a JSON object for others than Python, too: no NaN, no lone surrogate."""
     try:
-        value = json.loads(text, parse_constant=int)
+        value = json.loads(text, parse_constant=int)  # int("NaN") raises, as encode() below may
         return isinstance(value, dict) and bool(json.dumps(value, ensure_ascii=False).encode())
     except (ValueError, RecursionError):
         return False
@@ -373,7 +374,7 @@ def close_calls(messages: list[dict]) -> None:
 
 
 def open_calls(messages: list[dict]) -> list[dict]:
-    """The tool calls at the end of the history that have no result yet."""
+    """The last tool calls of the history without a result yet; results are in their order."""
     for answered, message in enumerate(reversed(messages)):
         if message["role"] != "tool":
             return message.get("tool_calls", [])[answered:]
@@ -390,7 +391,7 @@ def run_tool(agent: Agent, call: dict) -> str:
         check_arguments(name, arguments)
         result = TOOL_HANDLERS[name](agent, **arguments)
     except Exception as error:  # a tool may fail in any way, and the model has to hear of it
-        result = f"error: {error or type(error).__name__}"
+        result = f"error: {str(error) or type(error).__name__}"
     return cut_middle(plain(result))
 
 
@@ -409,8 +410,8 @@ def check_arguments(name: str, arguments: dict) -> None:
 
 
 def cut_middle(text: str, limit: int = MAX_RESULT) -> str:
-    """A text of at most `limit` characters: a longer one loses its middle."""
-    half = max(limit // 2 - 50, 10)
+    """A text of about `limit` characters: a longer one loses its middle, an empty one says so."""
+    half = max(limit // 2 - 50, 10)  # and 100 for the note between
     if len(text) <= limit:
         return text or "(empty)"
     return f"{text[:half]}\n[... cut: only the first and last {half:,} characters]\n{text[-half:]}"
@@ -470,7 +471,7 @@ def read_file(agent: Agent, path: str, offset: int = 1, limit: int = 2000) -> st
     )
     start = max(offset, 1) - 1
     chosen = lines[start : start + max(limit, 1)]
-    text = cut_middle("\n".join(chosen))
+    text = cut_middle("\n".join(chosen)) if chosen else f"(no line {offset})"
     return text if chosen == lines else f"{text}\n[from line {start + 1} of {len(lines)}]"
 
 
@@ -490,9 +491,9 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     file = workspace_path(agent, path)
     text = load_text(file)
     if "\r\n" in text and (old_text not in text or "\n" not in old_text):
-        # Models write bare line feeds, where this file has others.
+        # Models write \n where this file has \r\n; what fits with its \n stays as it is.
         old_text, new_text = (re.sub("\r?\n", "\r\n", part) for part in (old_text, new_text))
-    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0
+    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0  # overlaps, too
     if count != 1:
         raise ValueError(f"old_text occurs {count} times in {path}; it must occur exactly once")
     replace_file(file, text.replace(old_text, new_text))
@@ -571,7 +572,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def read_ends(process: subprocess.Popen, data: bytearray) -> None:
     """Read a process's output to its end into `data`, which keeps only the first and last bytes."""
-    keep = 4 * MAX_RESULT
+    keep = 4 * MAX_RESULT  # a character has up to 4 bytes
     while piece := process.stdout.read1(65536):
         data += piece
         del data[keep : max(keep, len(data) - keep)]
@@ -596,9 +597,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         self.path = path
-        self.flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        self.file = os.open(path, self.flags, 0o600)
-        weakref.finalize(self, os.close, self.file)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        self.file = os.open(path, flags, 0o600)
+        weakref.finalize(self, os.close, self.file)  # when nobody uses the journal any more
         self.writing, self.syncing = threading.Lock(), threading.Lock()
         self.written = self.synced = 0
 
@@ -635,9 +636,9 @@ class Journal:
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append({} | json.loads(line))
+                records.append({} | json.loads(line))  # TypeError unless it is an object
             except (TypeError, ValueError, RecursionError):
-                records.append({})  # so that the others keep their numbers
+                records.append({})  # so that a record's number is its line's
                 show(f"[{self.path.name}, line {number}: damaged, left out]\n")
         return records
 
@@ -682,7 +683,7 @@ class Session(list):
                 self.windows[window] = max(tokens, 1000)
 
     def change(self, record: dict) -> None:
-        """Write a record down, then make its change; Ctrl-C while the disk works parts them not."""
+        """Write a record, then make its change, even if Ctrl-C ends the wait for the disk."""
         before = self.journal.written
         try:
             self.journal.append(record)
@@ -720,7 +721,7 @@ class Session(list):
 
 
 def estimate(value: object) -> int:
-    """About how many tokens a value takes: a quarter of its characters, of Chinese and such all."""
+    """About how many tokens a value takes: one for 4 characters, or for 1 Chinese one or emoji."""
     text = json.dumps(value, ensure_ascii=False)
     wide = 0 if text.isascii() else len(re.findall("[\u2e80-\U0010ffff]", text))
     return (len(text) + 3 * wide) // 4
@@ -741,7 +742,7 @@ def mend(messages: list[dict]) -> list[dict]:
     mended: list[dict] = []
     for message in messages:
         if mended[-1:] == [message]:
-            continue  # written twice
+            continue  # said again, as Ctrl-C fell between the write and its count
         if message["role"] == "tool":
             if [c["id"] for c in open_calls(mended)[:1]] != [message.get("tool_call_id")]:
                 continue  # its call is lost
@@ -764,13 +765,13 @@ class SessionStore:
         self.index = folder / "sessions.json"
 
     def files(self, key: str) -> list[Path]:
-        """The sessions of a key on disk, the one used last first."""
+        """The sessions of a key on disk, the latest first."""
         times = {}
         for file in self.folder.glob("*.jsonl"):
             with suppress(OSError):  # it may be gone by now
                 if read_header(file)["key"] == key:
                     times[file] = file.stat().st_mtime
-        return sorted(times, key=lambda file: -times[file])
+        return sorted(times, key=times.get, reverse=True)
 
     def read_index(self) -> dict[str, dict]:
         """What each key means; nothing when sessions.json is missing or damaged."""
@@ -835,6 +836,7 @@ def lock_workspace(folder: Path) -> None:
         holder = (folder / ".lock").read_text(encoding="utf-8", errors="replace").strip()
         sys.exit(f"{folder} is in use by {holder}: stop it, or set WORKSPACE_DIR to another folder")
     os.lseek(lock, 0, os.SEEK_SET)
+    # Over a longer line of the last holder; the file stays open until the process ends.
     os.write(lock, f"{__doc__[:3]}, process {os.getpid()}".ljust(40).encode())
 
 
@@ -850,7 +852,7 @@ class ContextGuard:
 
     def limit(self, agent: Agent) -> int:
         """The window of the agent's model, as far as it is known in this session."""
-        return min(agent.messages.windows.get(self.key(agent), self.window), self.window)
+        return agent.messages.windows.get(self.key(agent), self.window)
 
     def key(self, agent: Agent) -> str:
         """What a learned window holds for: a model, and what CONTEXT_TOKENS said of it."""
@@ -858,7 +860,6 @@ class ContextGuard:
 
     def learn(self, agent: Agent, tokens: int) -> None:
         """Write down that a request of so many tokens was too long for the agent's model."""
-        tokens = min(tokens, self.limit(agent))
         record = {"type": "overflow", "window": self.key(agent), "tokens": tokens}
         agent.messages.change(record)
 
@@ -877,7 +878,7 @@ class ContextGuard:
         return self.attempt(agent)
 
     def attempt(self, agent: Agent) -> tuple[dict, str]:
-        """One call, unless it is sure to overflow: some servers then drop messages silently."""
+        """One call, unless it seems to overflow: some servers then drop messages silently."""
         size = agent.messages.tokens()
         if size <= self.limit(agent) * 9 // 10:  # the answer needs room, too
             try:
@@ -904,7 +905,7 @@ class ContextGuard:
     def compact(self, agent: Agent, share: int) -> None:
         """Summarize all but the latest 1/share of the window; calls stay with their results."""
         messages = agent.messages
-        room = self.limit(agent) // share / messages.scale
+        room = self.limit(agent) // share / messages.scale  # in the tokens of `estimate`
         starts = [i for i, message in enumerate(messages) if message["role"] != "tool"]
         sizes = list(accumulate(map(estimate, reversed(messages))))[::-1]  # from each to the end
         keep = next((i for i in starts if sizes[i] <= room), starts[-1])
@@ -923,7 +924,7 @@ class ContextGuard:
         for message in messages:
             calls = [call["function"] for call in message.get("tool_calls", ())]
             text = f"{message['role']}: {message['content']} {calls or ''}\n"
-            line = cut_tokens(text, window // 8)
+            line = cut_tokens(text, window // 8)  # with the summary so far, under half of it
             filled += estimate(line)
             if filled > window // 3:
                 pieces, filled = [*pieces, ""], estimate(line)
@@ -951,10 +952,10 @@ def is_overflow(error: openai.OpenAIError) -> bool:
     code, kind = str(getattr(error, "code", "")), getattr(error, "type", "")
     if status is None and code.isdecimal():  # in mid-stream there is no other
         status = int(code)
-    if status not in (None, 400, 500) or "parameter" in code:
+    if status not in (None, 400, 500) or "parameter" in code:  # a bad max_tokens, say
         return status == 413
     told = (error, body)
-    if isinstance(body, dict):  # of all its parts these two are the server's own words
+    if isinstance(body, dict):  # the server's own words; OpenRouter puts them into `metadata`
         told = (body.get("message"), body.get("metadata"))
     return bool(OVERFLOW.search(f"{code} {kind} {told}"))
 
@@ -981,7 +982,7 @@ def run_command(agent: Agent, text: str) -> bool:
         return False
     try:
         agent.show(COMMANDS[name][2](agent, text[len(name) :].strip()) + "\n")
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # a ValueError's text is ours
         agent.show(f"[{error if isinstance(error, ValueError) else explain(error)}]\n")
     return True
 
@@ -1021,8 +1022,8 @@ def show_context(agent: Agent, rest: str) -> str:
 
 @command("/compact", "put a summary in place of the conversation so far")
 def compact_session(agent: Agent, rest: str) -> str:
-    if agent.messages:
-        agent.guard.compact(agent, agent.guard.window)
+    if len(agent.messages) > 2:  # else there is nothing to make shorter
+        agent.guard.compact(agent, agent.guard.window)  # a share with room for the last message
     return show_context(agent, rest)
 
 
@@ -4451,9 +4452,9 @@ def show_stats(agent: Agent, rest: str) -> str:
 
 
 def main() -> int:
-    """Read a line, answer it, and round again. Returns the exit status."""
+    """Read a line, answer it, and round again. Ends the process with the exit status."""
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")  # a strange letter must not end the program
     with suppress(ImportError):  # Windows has no readline
         import readline
 
@@ -4482,7 +4483,7 @@ def main() -> int:
                 failed |= not app.ask(text)
                 print()
     print()
-    app.stop(int(failed and not sys.stdin.isatty()))
+    app.stop(int(failed and not sys.stdin.isatty()))  # for a script; a person has seen it
 
 
 if __name__ == "__main__":
