@@ -17,7 +17,9 @@ def test_s06_prompt_for(script: Section, workspace: Path, offline):
     questions = ["who has the neighbour's key", "/minutes Ann and Bo agreed", "hello"]
     lines = [*(f"/prompt for {question}" for question in questions), "/prompt minimal", "quit"]
     shown = harness.pipe(script, "\n".join(lines), offline.env).stdout
-    note, skill, hello, minimal = shown.split("you> /prompt")[1:]
+    parts = shown.split("you> /prompt")[1:]
+    assert len(parts) == 4, f"expected an answer to each /prompt; got {shown!r}"
+    note, skill, hello, minimal = parts
     assert NOTE in note, f"expected the note that fits {questions[0]!r}; got {note.strip()!r}"
     assert "Meeting notes to minutes" in skill, f"expected the text of the skill; got {skill!r}"
     assert "<soul>" in hello and NOTE not in hello, f"expected no note for hello; got {hello!r}"

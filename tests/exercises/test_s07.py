@@ -63,7 +63,7 @@ def test_s07_beats(script: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_s07_spam(script: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Find: with a new model, the heartbeat tells you that all is well, in other words each time."""
+    """Find: with a new model, the heartbeat tells you that all is well, over and over."""
     bench = bench_of(script, tmp_path, monkeypatch)
     bench.checklist("- look\n")
     bench.beat.tick()
