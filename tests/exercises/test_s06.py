@@ -20,11 +20,15 @@ def test_s06_prompt_for(script: Section, workspace: Path, offline):
     parts = shown.split("you> /prompt")[1:]
     assert len(parts) == 4, f"expected an answer to each /prompt; got {shown!r}"
     note, skill, hello, minimal = parts
-    assert NOTE in note, f"expected the note that fits {questions[0]!r}; got {note.strip()!r}"
-    assert "Meeting notes to minutes" in skill, f"expected the text of the skill; got {skill!r}"
-    assert "<soul>" in hello and NOTE not in hello, f"expected no note for hello; got {hello!r}"
+    assert NOTE in note, f"expected the note that fits {questions[0]!r}; got {note[:99]!r}"
+    assert "Meeting notes to minutes" in skill, (
+        f"expected the text of the skill; got {skill[:99]!r}"
+    )
+    assert "<soul>" in hello and NOTE not in hello, (
+        f"expected no note for hello; got {hello[:99]!r}"
+    )
     assert "<soul>" in minimal and "<memory>" not in minimal, (
-        f"expected /prompt minimal to be as before; got {minimal!r}"
+        f"expected /prompt minimal to be as before; got {minimal[:99]!r}"
     )
 
 

@@ -14,7 +14,6 @@ from fake_model import ToolCalls
 from harness import Screen
 from harness import Section
 from harness import pipe
-from test_gateway import until
 
 LONG = 20  # seconds after which something is stuck
 
@@ -85,19 +84,25 @@ def test_s10_collect(script: Section, workspace: Path, fake_model: FakeModel):
         done = {record["id"] for record in records if record["type"] == "done"}
         return [text for text in texts if text not in done]
 
+    def check_kept(turn: int) -> None:
+        fake_model.wait(turn + 1, LONG)
+        late, kept = asked()[turn], still_open()
+        assert set(late) <= set(kept), f"expected {late} to be kept until answered; kept is {kept}"
+
     with Screen(script, fake_model.env("brain")) as screen:
         try:
-            fake_model.wait(1)
+            check_kept(0)
             wait_in_line(screen, len(texts) - len(asked()[0]))
             gates[0].set()
             if len(asked()[0]) < len(texts):
-                fake_model.wait(2)
-                late = still_open()
-                assert set(asked()[1]) <= set(late), f"expected what waits to be kept; got {late}"
+                check_kept(1)
         finally:
             for gate in gates:
                 gate.set()
-        until(lambda: not still_open())
+        latest = time.monotonic() + LONG
+        while still_open() and time.monotonic() < latest:
+            time.sleep(0.02)
+    assert not still_open(), f"expected all to be done in the end; got {still_open()} kept"
     found = [" and ".join(turn) for turn in asked()]
     assert len(found) < 3, f"expected one turn for what waited; got turns for {', '.join(found)}"
     told = sorted(text for turn in asked() for text in turn)
