@@ -55,7 +55,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say why nothing ran, to who asked for these checks."""
-    if terminalreporter.config.getoption("--script", default="") is None:
+    config = terminalreporter.config
+    paths = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    named = any(path.is_relative_to(Path(__file__).parent) for path in paths)
+    if named and not script_of(config):
         terminalreporter.line("These checks want your copy: add --script path/to/mine.py")
 
 
