@@ -29,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         harness.load(path)
     except (Exception, SystemExit) as error:  # a script may fail in any way
-        raise pytest.UsageError(f"--script {path}: {type(error).__name__}: {error}") from None
+        told = " ".join(str(error).split())
+        raise pytest.UsageError(f"--script {path}: {type(error).__name__}: {told}") from None
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -119,9 +119,10 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"plant.py: {error}", file=sys.stderr)
         return 1
-    print(f"{file}: {exercise.task if exercise else section_of(label).name}")
     which = exercise.id if exercise else label
+    print(f"{file}: {exercise.task if exercise else f'a copy of {section_of(label).name}'}")
     print(f"To check it: python -m pytest tests/exercises -k {which} --script {file}")
+    print(f"To run it, with a model in .env: WORKSPACE_DIR=workspace python {file}")
     return 0
 
 
