@@ -80,7 +80,7 @@ def test_s10_collect(script: Section, workspace: Path, fake_model: FakeModel):
         return [[text for text in texts if text in question] for question in questions]
 
     def still_open() -> list[str]:
-        records = [json.loads(line) for line in inbox.read_text().splitlines()]
+        records = [json.loads(line) for line in inbox.read_text().split("\n")[:-1]]
         done = {record["id"] for record in records if record["type"] == "done"}
         return [text for text in texts if text not in done]
 
