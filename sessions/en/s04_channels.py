@@ -137,11 +137,11 @@ def explain(error: BaseException) -> str:
     body = "" if isinstance(body, dict) and "message" in body else body  # then it is told
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body, url, hint)
-    line = " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
-    keys = [v for name, v in os.environ.items() if "_API_KEY" in name and len(v) > 9]
-    for key in keys:  # some servers repeat it, and others may read this
-        line = line.replace(key.strip(), "***")
-    return line
+    lines = [" ".join(str(part).split()) for part in parts if str(part or "")]
+    keys = [v.strip() for name, v in os.environ.items() if "_API_KEY" in name]
+    for key in (key for key in keys if len(key) > 9):  # "ollama" is no secret
+        lines = [line.replace(key, "***") for line in lines]  # some servers repeat it
+    return " - ".join(line[:300] for line in lines)
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -1013,15 +1013,15 @@ def open_sessions(agent: Agent) -> None:
 # --- s04: channels ---
 
 KEEP = 24 * 3600  # seconds; Telegram and Feishu give up delivering a message before that
-LONG_TEXT = 4000  # Telegram's apps split a longer paste, at 4,096 characters
-FROM_AFAR = ("/new", "/context", "/compact")
-MAX_OPEN = 100  # sessions
-RUNNING: set[subprocess.Popen] = set()
+LONG_TEXT = 4000  # Telegram's apps split a paste at 4,096 characters, or at a blank before that
+FROM_AFAR = ("/new", "/context", "/compact")  # what others may do of COMMANDS
+MAX_OPEN = 100  # uses of sessions that are remembered, and keep them in memory
+RUNNING: set[subprocess.Popen] = set()  # the commands of bash, which end with the program
 FEISHU_DOMAINS = {"feishu": "https://open.feishu.cn", "lark": "https://open.larksuite.com"}
 FEISHU_TOKEN = "/open-apis/auth/v3/tenant_access_token/internal"
-FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)
-FEISHU_NEVER = (230001, 230002, 230006, 230013, 230022, 230025, 230034, 230053)
-FEISHU_RATE_CODES = (99991400, 230020, 11232)
+FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)  # renew it
+FEISHU_NEVER = (230001, 230002, 230006, 230013, 230022, 230025, 230034, 230053)  # give up
+FEISHU_RATE_CODES = (99991400, 230020, 11232)  # wait
 
 
 @dataclass(frozen=True)
@@ -1101,7 +1101,7 @@ class Inbox:
             if not self.seen.keys() & set(message.ids):
                 self.change({"type": "message", "message": asdict(message)})
                 self.queue.put(message)
-                if self.journal.written > 1000 + 4 * len(self.open):
+                if self.journal.written > 1000 + 4 * len(self.open):  # most of it is over
                     self.compact()
 
     def note(self, message: InboundMessage, **about: str) -> None:
@@ -1314,9 +1314,9 @@ class CLIChannel(Channel):
             else:
                 line = self.prompt + typed_line()
                 rows, column = cursor_after(line, shutil.get_terminal_size().columns)
-                print(f"\r\x1b[{rows}A" if rows else "\r", end="\x1b[J")
+                print(f"\r\x1b[{rows}A" if rows else "\r", end="\x1b[J")  # to its start, and erase
                 show(f"{text}\n{line}")
-                print("" if column else " \r", end="", flush=True)  # the full row is left for good
+                print("" if column else " \r", end="", flush=True)  # a full row is left only now
 
     def stream(self, peer: str, piece: str) -> None:
         show(piece)
@@ -1410,7 +1410,7 @@ class TelegramChannel(Channel):
         """The next updates; with an album or a split paste, what still belongs to it, too."""
         wait = 25 if self.status.startswith("on") else 0  # then its first success is told at once
         updates = await self.bot.get_updates(offset, timeout=wait, allowed_updates=["message"])
-        for _ in range(6):
+        for _ in range(6):  # who goes on and on keeps the others waiting no longer
             before, pause = len(updates), max(map(self.goes_on, updates), default=0)
             if pause:
                 await asyncio.sleep(pause)
@@ -1437,7 +1437,7 @@ class TelegramChannel(Channel):
                     groups.append(group := [])
                 group.append(update)
         after = updates[-1].update_id + 1 if updates else None
-        if len(updates) == 100:  # there may be more: from what goes on, all is fetched again
+        if len(updates) == 100:  # Telegram's most: there may be more, so what goes on comes again
             first = updates[0].update_id
             parts = [g[0].update_id for g in groups if self.goes_on(g[-1])]
             after = min((number for number in parts if number > first), default=after)
@@ -1447,7 +1447,7 @@ class TelegramChannel(Channel):
                 if message := self.read([update.message for update in group]):
                     self.receive(message)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                self.tell(f"an update was skipped: {error!r}")
+                self.tell(f"an update was skipped: {error!r}")  # else it would come for ever
         return after
 
     def id_of(self, message: object) -> str:
@@ -1461,7 +1461,7 @@ class TelegramChannel(Channel):
         if media := sum(bool(part.effective_attachment) for part in parts):
             text = f"{text}\n[{media} attached, not shown to you]".strip()
         group = first.chat.type != "private"
-        if not text or (user and user.is_bot and not first.sender_chat):
+        if not text or (user and user.is_bot and not first.sender_chat):  # a hidden admin is one
             return None
         if group and not any(map(self.is_called, parts)):
             return None
@@ -1544,13 +1544,15 @@ class FeishuChannel(Channel):
 
         for name in ("APP_SECRET", "VERIFICATION_TOKEN"):
             if not self.account.get(name):
-                raise ChannelError(f"FEISHU_{name} is not set", permanent=True)
+                raise ChannelError(f"its FEISHU_{name} is not set", permanent=True)
         domain = self.account.get("DOMAIN", "feishu")
         self.http = httpx.Client(base_url=FEISHU_DOMAINS.get(domain, domain), timeout=10)
-        self.token, self.renewal, self.is_network = "", 0.0, httpx.HTTPError
+        self.token, self.renewal, self.no_network = "", 0.0, httpx.HTTPError
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        address = ("127.0.0.1", int(self.account.get("PORT", "3000")))
-        server = FeishuServer(address, FeishuWebhook)
+        port = self.account.get("PORT", "3000")
+        if not port.isdecimal() or int(port) > 65535:
+            raise ChannelError(f"its FEISHU_PORT is no port: {port!r}", permanent=True)
+        server = FeishuServer(("127.0.0.1", int(port)), FeishuWebhook)
         server.channel = self
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.report(f"on, at http://127.0.0.1:{server.server_port}/feishu/events")
@@ -1558,11 +1560,11 @@ class FeishuChannel(Channel):
     def call(self, method: str, path: str, **request: object) -> dict:
         """One call of the API; a token that is refused is renewed once. Raises ChannelError."""
         for last in (False, True):
-            sender = {} if path == FEISHU_TOKEN else {"Authorization": f"Bearer {self.tenant()}"}
+            headers = {} if path == FEISHU_TOKEN else {"Authorization": f"Bearer {self.tenant()}"}
             try:
-                reply = self.http.request(method, path, headers=sender, **request)
+                reply = self.http.request(method, path, headers=headers, **request)
                 data = {} | reply.json()
-            except (self.is_network, TypeError, ValueError) as error:
+            except (self.no_network, TypeError, ValueError) as error:
                 raise ChannelError(f"{type(error).__name__}: {error}") from None
             code = data.get("code")
             if code == 0:
@@ -1627,7 +1629,7 @@ class FeishuChannel(Channel):
         if sender["sender_type"] != "user" or (group and not called):
             return None
         text = read_content(message["message_type"], json.loads(message["content"]))
-        for mention in mentions:
+        for mention in mentions:  # @_user_1 is no part of @_user_10; a name may hold a backslash
             name = "" if mention["id"].get("open_id") == self.bot_id else f"@{mention['name']}"
             text = re.sub(rf"{re.escape(mention['key'])}(?!\d)", lambda _, name=name: name, text)
         app, person = self.account.get("APP_ID"), sender["sender_id"]["open_id"]
@@ -1729,13 +1731,13 @@ class ChannelManager:
     def __init__(self, app: "App") -> None:
         self.channels: dict[tuple[str, str], Channel] = {("cli", "default"): app.cli}
         for kind in CHANNELS:
-            pattern = f"{kind.name}_{kind.setting}(?:|_(.+))"
+            pattern = f"{kind.name}_{kind.setting}(?:|_(.+))".upper()
             for name, value in sorted(os.environ.items()):
-                if value.strip() and (match := re.fullmatch(pattern, name, re.IGNORECASE)):
+                if value.strip() and (match := re.fullmatch(pattern, name)):
                     account = ChannelAccount(kind.name, (match[1] or "default").lower())
                     self.channels[kind.name, account.id] = kind(app, account)
                     with suppress(ImportError, ValueError):  # its start will tell, or needs none
-                        import_module(kind.library)  # now: the SDK stumbles over half an import
+                        import_module(kind.library)  # now: two threads in one import may fail
 
     def find(self, message: InboundMessage) -> Channel | None:
         """The channel that a message came from, if it is still configured."""
@@ -1770,7 +1772,7 @@ class App:
 
     def stop(self, status: int) -> NoReturn:
         """End the process, whatever its threads do: what is not done is in the inbox."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # to press Ctrl-C once is enough
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not disturb this
         for process in list(RUNNING):
             kill(process)
         latest = time.monotonic() + 0.8
@@ -1817,7 +1819,7 @@ class App:
             if command not in FROM_AFAR or not run_command(agent, message.text):
                 text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
-            told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
+            told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())  # or why not
             if channel is not self.cli:
                 self.reply(message, told)
         return text
@@ -1878,8 +1880,8 @@ def show_channels(agent: Agent, rest: str) -> str:
 
 @command("/accounts", "the accounts at the platforms, and whom they listen to")
 def show_accounts(agent: Agent, rest: str) -> str:
-    accounts = [channel.account for channel in agent.app.channels.channels.values()]
-    return "\n".join(f"{each}: {each.get('ALLOWED_CHATS') or 'nobody'}" for each in accounts[1:])
+    accounts = [each.account for each in agent.app.channels.channels.values() if each.setting]
+    return "\n".join(f"{each}: {each.get('ALLOWED_CHATS') or 'nobody'}" for each in accounts)
 
 
 # --- main ---

@@ -166,11 +166,11 @@ def explain(error: BaseException) -> str:
     body = "" if isinstance(body, dict) and "message" in body else body  # then it is told
     hint = CHECK.get(getattr(error, "status_code", None))
     parts = (told, error.__cause__, body, url, hint)
-    line = " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
-    keys = [v for name, v in os.environ.items() if "_API_KEY" in name and len(v) > 9]
-    for key in keys:  # some servers repeat it, and others may read this
-        line = line.replace(key.strip(), "***")
-    return line
+    lines = [" ".join(str(part).split()) for part in parts if str(part or "")]
+    keys = [v.strip() for name, v in os.environ.items() if "_API_KEY" in name]
+    for key in (key for key in keys if len(key) > 9):  # "ollama" is no secret
+        lines = [line.replace(key, "***") for line in lines]  # some servers repeat it
+    return " - ".join(line[:300] for line in lines)
 
 
 def call_model(agent: Agent) -> tuple[dict, str]:
@@ -1044,15 +1044,15 @@ def open_sessions(agent: Agent) -> None:
 # --- s04: channels ---
 
 KEEP = 24 * 3600  # seconds; Telegram and Feishu give up delivering a message before that
-LONG_TEXT = 4000  # Telegram's apps split a longer paste, at 4,096 characters
-FROM_AFAR = ("/new", "/context", "/compact")
-MAX_OPEN = 100  # sessions
-RUNNING: set[subprocess.Popen] = set()
+LONG_TEXT = 4000  # Telegram's apps split a paste at 4,096 characters, or at a blank before that
+FROM_AFAR = ("/new", "/context", "/compact")  # what others may do of COMMANDS
+MAX_OPEN = 100  # uses of sessions that are remembered, and keep them in memory
+RUNNING: set[subprocess.Popen] = set()  # the commands of bash, which end with the program
 FEISHU_DOMAINS = {"feishu": "https://open.feishu.cn", "lark": "https://open.larksuite.com"}
 FEISHU_TOKEN = "/open-apis/auth/v3/tenant_access_token/internal"
-FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)
-FEISHU_NEVER = (230001, 230002, 230006, 230013, 230022, 230025, 230034, 230053)
-FEISHU_RATE_CODES = (99991400, 230020, 11232)
+FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)  # renew it
+FEISHU_NEVER = (230001, 230002, 230006, 230013, 230022, 230025, 230034, 230053)  # give up
+FEISHU_RATE_CODES = (99991400, 230020, 11232)  # wait
 
 
 @dataclass(frozen=True)
@@ -1066,7 +1066,7 @@ class InboundMessage:
     ids: list[str]
     kind: str = "direct"  # or group
     sender: str = ""
-    guild: str = ""
+    guild: str = ""  # a server or team of many chats; in Feishu the tenant
 
     @property
     def said(self) -> str:
@@ -1143,7 +1143,7 @@ class Inbox:
             if not self.seen.keys() & set(message.ids):
                 self.change({"type": "message", "message": asdict(message)})
                 self.queue.put(message)
-                if self.journal.written > 1000 + 4 * len(self.open):
+                if self.journal.written > 1000 + 4 * len(self.open):  # most of it is over
                     self.compact()
 
     def note(self, message: InboundMessage, **about: str) -> None:
@@ -1356,9 +1356,9 @@ class CLIChannel(Channel):
             else:
                 line = self.prompt + typed_line()
                 rows, column = cursor_after(line, shutil.get_terminal_size().columns)
-                print(f"\r\x1b[{rows}A" if rows else "\r", end="\x1b[J")
+                print(f"\r\x1b[{rows}A" if rows else "\r", end="\x1b[J")  # to its start, and erase
                 show(f"{text}\n{line}")
-                print("" if column else " \r", end="", flush=True)  # the full row is left for good
+                print("" if column else " \r", end="", flush=True)  # a full row is left only now
 
     def stream(self, peer: str, piece: str) -> None:
         show(piece)
@@ -1452,7 +1452,7 @@ class TelegramChannel(Channel):
         """The next updates; with an album or a split paste, what still belongs to it, too."""
         wait = 25 if self.status.startswith("on") else 0  # then its first success is told at once
         updates = await self.bot.get_updates(offset, timeout=wait, allowed_updates=["message"])
-        for _ in range(6):
+        for _ in range(6):  # who goes on and on keeps the others waiting no longer
             before, pause = len(updates), max(map(self.goes_on, updates), default=0)
             if pause:
                 await asyncio.sleep(pause)
@@ -1479,7 +1479,7 @@ class TelegramChannel(Channel):
                     groups.append(group := [])
                 group.append(update)
         after = updates[-1].update_id + 1 if updates else None
-        if len(updates) == 100:  # there may be more: from what goes on, all is fetched again
+        if len(updates) == 100:  # Telegram's most: there may be more, so what goes on comes again
             first = updates[0].update_id
             parts = [g[0].update_id for g in groups if self.goes_on(g[-1])]
             after = min((number for number in parts if number > first), default=after)
@@ -1489,7 +1489,7 @@ class TelegramChannel(Channel):
                 if message := self.read([update.message for update in group]):
                     self.receive(message)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                self.tell(f"an update was skipped: {error!r}")
+                self.tell(f"an update was skipped: {error!r}")  # else it would come for ever
         return after
 
     def id_of(self, message: object) -> str:
@@ -1503,7 +1503,7 @@ class TelegramChannel(Channel):
         if media := sum(bool(part.effective_attachment) for part in parts):
             text = f"{text}\n[{media} attached, not shown to you]".strip()
         group = first.chat.type != "private"
-        if not text or (user and user.is_bot and not first.sender_chat):
+        if not text or (user and user.is_bot and not first.sender_chat):  # a hidden admin is one
             return None
         if group and not any(map(self.is_called, parts)):
             return None
@@ -1586,13 +1586,15 @@ class FeishuChannel(Channel):
 
         for name in ("APP_SECRET", "VERIFICATION_TOKEN"):
             if not self.account.get(name):
-                raise ChannelError(f"FEISHU_{name} is not set", permanent=True)
+                raise ChannelError(f"its FEISHU_{name} is not set", permanent=True)
         domain = self.account.get("DOMAIN", "feishu")
         self.http = httpx.Client(base_url=FEISHU_DOMAINS.get(domain, domain), timeout=10)
-        self.token, self.renewal, self.is_network = "", 0.0, httpx.HTTPError
+        self.token, self.renewal, self.no_network = "", 0.0, httpx.HTTPError
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        address = ("127.0.0.1", int(self.account.get("PORT", "3000")))
-        server = FeishuServer(address, FeishuWebhook)
+        port = self.account.get("PORT", "3000")
+        if not port.isdecimal() or int(port) > 65535:
+            raise ChannelError(f"its FEISHU_PORT is no port: {port!r}", permanent=True)
+        server = FeishuServer(("127.0.0.1", int(port)), FeishuWebhook)
         server.channel = self
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.report(f"on, at http://127.0.0.1:{server.server_port}/feishu/events")
@@ -1600,11 +1602,11 @@ class FeishuChannel(Channel):
     def call(self, method: str, path: str, **request: object) -> dict:
         """One call of the API; a token that is refused is renewed once. Raises ChannelError."""
         for last in (False, True):
-            sender = {} if path == FEISHU_TOKEN else {"Authorization": f"Bearer {self.tenant()}"}
+            headers = {} if path == FEISHU_TOKEN else {"Authorization": f"Bearer {self.tenant()}"}
             try:
-                reply = self.http.request(method, path, headers=sender, **request)
+                reply = self.http.request(method, path, headers=headers, **request)
                 data = {} | reply.json()
-            except (self.is_network, TypeError, ValueError) as error:
+            except (self.no_network, TypeError, ValueError) as error:
                 raise ChannelError(f"{type(error).__name__}: {error}") from None
             code = data.get("code")
             if code == 0:
@@ -1669,7 +1671,7 @@ class FeishuChannel(Channel):
         if sender["sender_type"] != "user" or (group and not called):
             return None
         text = read_content(message["message_type"], json.loads(message["content"]))
-        for mention in mentions:
+        for mention in mentions:  # @_user_1 is no part of @_user_10; a name may hold a backslash
             name = "" if mention["id"].get("open_id") == self.bot_id else f"@{mention['name']}"
             text = re.sub(rf"{re.escape(mention['key'])}(?!\d)", lambda _, name=name: name, text)
         app, person = self.account.get("APP_ID"), sender["sender_id"]["open_id"]
@@ -1772,13 +1774,13 @@ class ChannelManager:
     def __init__(self, app: "App") -> None:
         self.channels: dict[tuple[str, str], Channel] = {("cli", "default"): app.cli}
         for kind in CHANNELS:
-            pattern = f"{kind.name}_{kind.setting}(?:|_(.+))"
+            pattern = f"{kind.name}_{kind.setting}(?:|_(.+))".upper()
             for name, value in sorted(os.environ.items()):
-                if value.strip() and (match := re.fullmatch(pattern, name, re.IGNORECASE)):
+                if value.strip() and (match := re.fullmatch(pattern, name)):
                     account = ChannelAccount(kind.name, (match[1] or "default").lower())
                     self.channels[kind.name, account.id] = kind(app, account)
                     with suppress(ImportError, ValueError):  # its start will tell, or needs none
-                        import_module(kind.library)  # now: the SDK stumbles over half an import
+                        import_module(kind.library)  # now: two threads in one import may fail
 
     def find(self, message: InboundMessage) -> Channel | None:
         """The channel that a message came from, if it is still configured."""
@@ -1832,7 +1834,7 @@ class App:
 
     def stop(self, status: int) -> NoReturn:
         """End the process, whatever its threads do: what is not done is in the inbox."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # to press Ctrl-C once is enough
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not disturb this
         for process in list(RUNNING):
             kill(process)
         latest = time.monotonic() + 0.8
@@ -1888,7 +1890,7 @@ class App:
                     self.recall(agent, message)
                     text = answer(agent, message.said, message.ids[0])
             self.sessions[agent.key] = agent.messages
-            told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())
+            told = text or re.sub(r"https?://\S+", "its server", shown[-1].strip())  # or why not
             if channel is not self.cli:
                 self.reply(message, told)
             self.gateway.end(agent, message, told)
@@ -2105,13 +2107,13 @@ def show_channels(agent: Agent, rest: str) -> str:
 
 @command("/accounts", "the accounts at the platforms, and whom they listen to")
 def show_accounts(agent: Agent, rest: str) -> str:
-    accounts = [channel.account for channel in agent.app.channels.channels.values()]
-    return "\n".join(f"{each}: {each.get('ALLOWED_CHATS') or 'nobody'}" for each in accounts[1:])
+    accounts = [each.account for each in agent.app.channels.channels.values() if each.setting]
+    return "\n".join(f"{each}: {each.get('ALLOWED_CHATS') or 'nobody'}" for each in accounts)
 
 
 # --- s05: gateway and routing ---
 
-TIERS = ("peer", "guild", "account", "channel", "default")
+TIERS = ("peer", "guild", "account", "channel")
 DM_SCOPES = ("main", "per-peer", "per-channel-peer", "per-account-channel-peer")
 PEER = re.compile(r"[a-z0-9][a-z0-9_.:@-]{0,127}")  # lower case, as in the keys of sessions
 MAX_FRAME = 1 << 20  # bytes
@@ -2142,7 +2144,7 @@ class Binding:
 
     @property
     def tier(self) -> str:
-        return next((tier for tier in TIERS if getattr(self, tier, "")), "default")
+        return next((tier for tier in TIERS if getattr(self, tier)), "default")
 
     def __str__(self) -> str:
         fields = (f"{name}={value}" for name, value in asdict(self).items() if value)
@@ -2154,11 +2156,8 @@ class BindingTable:
 
     def __init__(self, path: Path, agents: Container[str]) -> None:
         with open(path, "a+b") as file:  # an editor may have left the last line without its end
-            if (
-                file.seek(0, os.SEEK_END)
-                and file.seek(-1, os.SEEK_END) + 1
-                and file.read() != b"\n"
-            ):
+            file.seek(0)
+            if file.read()[-1:] not in (b"", b"\n"):
                 file.write(b"\n")
         self.journal, self.agents, self.lock = Journal(path), agents, threading.Lock()
         self.table: dict[tuple, list[Binding]] = {}
@@ -2211,7 +2210,7 @@ class BindingTable:
         A forum topic (`<chat>:topic:<id>`) fits bindings of its chat, too. Of one priority, the
         binding with more fields wins.
         """
-        chats = dict.fromkeys((peer, peer.split(":topic:")[0]))
+        chats = dict.fromkeys((peer, peer.split(":topic:")[0]))  # of equals the first one wins
         tiers = (
             product([channel], [account, ""], chats, [guild, ""]) if peer else (),
             product([channel], [account, ""], [""], [guild]) if guild else (),
@@ -2249,7 +2248,8 @@ class AgentManager:
         try:
             listed = {} | json.loads(file.read_text("utf-8-sig")) if file.exists() else {}
         except (OSError, RecursionError, TypeError, ValueError) as error:
-            listed = show(f"[agents.json: {error}]\n") or {}
+            listed = {}
+            show(f"[agents.json: {error}]\n")
         for name, fields in listed.items():
             try:
                 self.add(name, AgentConfig(normalize_agent_id(name), **fields))
@@ -2258,7 +2258,7 @@ class AgentManager:
 
     def add(self, name: str, config: AgentConfig) -> None:
         """Take an agent in. Raises ValueError unless its name and its settings make sense."""
-        if config.id == "main" != name.lower():
+        if config.id == "main" and name.lower() != "main":  # nothing of it was left
             raise ValueError("a name needs letters or digits of a-z 0-9")
         if not all(isinstance(value, str) for value in vars(config).values()):
             raise ValueError("prompt, model and dm_scope must be text")
@@ -2296,7 +2296,7 @@ def method(name: str, like: Callable | None = None) -> Callable:
 
     def register(handler: Callable) -> Callable:
         wanted = list(inspect.signature(like or handler).parameters.values())
-        METHODS[name] = (handler, wanted if like else wanted[2:])
+        METHODS[name] = (handler, wanted if like else wanted[2:])  # without self and client
         return handler
 
     return register
@@ -2313,7 +2313,7 @@ class GatewayServer(Channel):
         self.clients: set[ServerConnection] = set()
         self.ready, self.link = threading.Event(), ""
         self.running: dict[str, InboundMessage] = {}
-        self.senders: dict[str, ServerConnection] = {}
+        self.senders: dict[str, ServerConnection] = {}  # by the id of a message
         self.began = time.monotonic()
 
     def start(self) -> None:
@@ -2338,7 +2338,7 @@ class GatewayServer(Channel):
         """A token of the workspace's own, so that a link is good after a restart, too."""
         file = self.app.agent.workspace / ".gateway-token"
         if not file.exists() or not file.read_text("utf-8").strip():
-            file.touch(0o600)
+            file.touch(0o600)  # a mode that replace_file keeps
             replace_file(file, os.urandom(16).hex())
         return file.read_text("utf-8").strip()
 
@@ -2351,8 +2351,8 @@ class GatewayServer(Channel):
             "127.0.0.1",
             port,
             process_request=self.check,
-            max_size=4 * MAX_FRAME,
-            compression=None,
+            max_size=4 * MAX_FRAME,  # so far, what is too long is told so; beyond, cut off
+            compression=None,  # it costs memory for each client, and loopback is fast
             close_timeout=1,
         )
         port = server.sockets[0].getsockname()[1]
@@ -2366,7 +2366,7 @@ class GatewayServer(Channel):
         return answer
 
     def look(self, request: Request) -> Response | None:
-        """A page, a refusal, or None to whom has the right to the WebSocket."""
+        """A page, a refusal, or None if the WebSocket may be opened."""
         path, _, query = request.path.partition("?")
         origins = [f"http://{host}" for host in self.hosts]
         if request.headers.get("Host") not in self.hosts:  # a foreign name that leads here
@@ -2424,21 +2424,21 @@ class GatewayServer(Channel):
         """Run one request. Whatever is wrong becomes an error with a code of the specification."""
         match request:
             case {"jsonrpc": "2.0", "method": str(name), **rest} if is_request(rest):
-                params, name_of_it = request.get("params", {}), request.get("id")
+                params, request_id = request.get("params", {}), request.get("id")
             case _:
-                name_of_it = request.get("id") if isinstance(request, dict) else None
-                return failure(name_of_it if is_id(name_of_it) else None, -32600, "Invalid Request")
+                request_id = request.get("id") if isinstance(request, dict) else None
+                return failure(request_id if is_id(request_id) else None, -32600, "Invalid Request")
         try:
             if name not in METHODS:
                 raise RpcError(-32601, f"there is no method {name}"[:200])
             handler, wanted = METHODS[name]
             result = await handler(self, client, **bind(wanted, params))
-            reply = {"jsonrpc": "2.0", "result": result, "id": name_of_it}
+            reply = {"jsonrpc": "2.0", "result": result, "id": request_id}
         except RpcError as error:
-            reply = failure(name_of_it, error.code, str(error))
+            reply = failure(request_id, error.code, str(error))
         except Exception as error:  # the client is not told what it may not know
             self.tell(f"{name}: {explain(error)}")
-            reply = failure(name_of_it, -32603, "Internal error")
+            reply = failure(request_id, -32603, "Internal error")
         return reply if "id" in request else None
 
     def watch(self, client: ServerConnection, key: str) -> None:
@@ -2467,7 +2467,7 @@ class GatewayServer(Channel):
         """Tell those who watch a session what happens in it; from any thread, and at once."""
         about = {"session": agent.key, "agent": agent.key.split(":")[1], **about}
         text = json.dumps({"jsonrpc": "2.0", "method": event, "params": about})
-        is_end = about.get("role") == "assistant" and "id" in about
+        is_end = about.get("role") == "assistant" and "id" in about  # later, some answer nobody
         self.app.loop.loop.call_soon_threadsafe(self.cast, agent.key, text, is_end)
 
     def cast(self, key: str, text: str, is_end: bool = False) -> None:
@@ -2499,8 +2499,8 @@ class GatewayServer(Channel):
         if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,100}", name):
             raise RpcError(-32602, "text must say something; id is 1 to 100 of a-z A-Z 0-9 _ -")
         config, key, binding = self.app.route(message)
-        waiting = [each.peer for each in list(self.app.inbox.open.values())]
-        if waiting.count(message.peer) >= MAX_WAITING:
+        waiting = [(each.channel, each.peer) for each in list(self.app.inbox.open.values())]
+        if waiting.count((self.name, message.peer)) >= MAX_WAITING:
             raise RpcError(-32000, f"{MAX_WAITING} messages wait already; try again later")
         self.watch(client, key)
         ids = [f"web:{message.peer}:{name}"]
@@ -2522,7 +2522,7 @@ class GatewayServer(Channel):
         self.watch(client, key)
         told = self.transcript(key, found or [])[-limit:] if limit > 0 else []
         sizes = accumulate(len(each["text"]) for each in reversed(told))
-        fits = max(sum(size < 2 * MAX_FRAME for size in sizes), 1)  # of the newest
+        fits = max(sum(size < 2 * MAX_FRAME for size in sizes), 1)  # of the newest: see `cast`
         busy = key in self.running
         return {"session": key, "agent": agent_id, "messages": told[-fits:], "busy": busy}
 
@@ -2625,8 +2625,8 @@ def bind(wanted: list[inspect.Parameter], params: dict | list) -> dict:
     """The arguments for a method. Raises RpcError unless they fit."""
     kinds = {each.name: each.annotation for each in wanted}
     given = params if isinstance(params, dict) else dict(zip(kinds, params, strict=False))
-    wrong = [f"{each.name} is missing" for each in wanted if each.default is each.empty]
-    wrong = [text for text in wrong if text.split()[0] not in given]
+    needed = [each.name for each in wanted if each.default is each.empty]
+    wrong = [f"{name} is missing" for name in needed if name not in given]
     wrong += ["there are too many"] if len(params) > len(kinds) else []
     for name, value in given.items():
         if name not in kinds:
@@ -2648,9 +2648,9 @@ def show_route(agent: Agent, rest: str) -> str:
     channel, peer, account, guild, *_ = [*rest.split(), "", "", "", ""]
     if not peer:
         raise ValueError("/route <channel> <peer> [account] [guild]")
-    group = "group" if peer.startswith(("-", "oc_")) else "direct"  # Telegram's and Feishu's ids
-    message = InboundMessage(channel, account or "default", peer, "", [""], group, guild=guild)
-    config, key, binding = agent.app.route(message)
+    kind = "group" if peer.startswith(("-", "oc_")) else "direct"  # Telegram's and Feishu's ids
+    message = InboundMessage(channel, account or "default", peer, "", [""], kind, guild=guild)
+    _, key, binding = agent.app.route(message)
     return f"{key}, by {binding or 'default: no binding fits'}"
 
 
@@ -2669,7 +2669,7 @@ def force_agent(agent: Agent, rest: str) -> str:
         raise ValueError(f"there is no agent {rest!r}; see /agents")
     before, agent.app.forced = agent.app.forced, "" if rest == "off" else rest
     try:
-        agent.app.agent_for(agent.app.cli.message("/agent"))
+        agent.app.agent_for(agent.app.cli.message("/agent"))  # which opens its session here
     except OSError:
         agent.app.forced = before
         raise
