@@ -184,6 +184,17 @@ def test_a_small_window_gets_the_minimal_prompt(desk: Desk):
 
 
 @since("s06")
+def test_a_prompt_that_becomes_smaller_tells_each_problem_once(desk: Desk):
+    (desk.workspace / "TOOLS.md").unlink()
+    (desk.workspace / "TOOLS.md").mkdir()
+    for name in ("SOUL.md", "USER.md", "AGENTS.md", "MEMORY.md"):
+        desk.write(name, "灵" * 20_000)
+    printed = desk.run("one", "/prompt minimal", "two", CONTEXT_TOKENS="60000")
+    assert printed.count("[TOOLS.md: left out") == 1
+    assert printed.count("[the prompt of main would fill half of the window, so it is minimal") == 1
+
+
+@since("s06")
 def test_a_prompt_counts(desk: Desk):
     few, many = (
         int(re.search(r"([\d,]+) of 128,000 tokens", desk.run("/context"))[1].replace(",", ""))
@@ -228,6 +239,7 @@ def test_a_group_sees_nothing_private(desk: Desk):
         prompts[kind] += module.run_tool(agent, {"id": "c", "function": call})
     assert "Ada Private" in prompts["direct"] and "<recalled>" in prompts["direct"]
     assert "Private" not in prompts["group"] and "<recalled>" not in prompts["group"]
+    assert module.KEEP_NOTES in prompts["direct"] and module.KEEP_NOTES not in prompts["group"]
     assert prompts["group"].endswith("error: notes are not for groups")
 
 

@@ -206,6 +206,23 @@ def test_notes_that_cannot_be_written_are_an_error_that_the_model_reads(desk):
 
 
 @since("s06")
+def test_the_first_note_of_an_agent_makes_its_folder_and_its_index(section, tmp_path):
+    store = open_store(section, tmp_path / "agents" / "luna")
+    assert not store.search("Miso")
+    store.write("Miso must not eat chicken")
+    assert len(store.search("Miso")) == 1 and store.index.is_file()
+
+
+@since("s06")
+def test_an_index_that_cannot_be_is_no_reason_to_write_twice(section, tmp_path):
+    (tmp_path / ".memory.sqlite").mkdir()
+    store = open_store(section, tmp_path)
+    assert store.write("Miso must not eat chicken").startswith("memory/")
+    (data,) = content(tmp_path).values()
+    assert data.count(b"chicken") == 1 and len(store.search("chicken")) == 1
+
+
+@since("s06")
 def test_what_is_no_note_is_refused_and_the_turn_goes_on(desk):
     bad = ['["a"]', '""', '" \\n\\t "', "5", "null", "true", '{"a": 1}', '"cut off']
     lines = [f'memory_write {{"content": {value}}}' for value in bad]
@@ -549,6 +566,25 @@ def test_lasting_notes_do_not_age_and_an_old_one_is_found(section, tmp_path):
     store.today = lambda: TODAY + timedelta(3650)
     assert [hit.path for hit in store.search("grey cat")] == [day(365)]
     assert [hit.path for hit in store.search("blue bird")] == ["MEMORY.md", day(3)]
+
+
+@since("s06")
+def test_notes_of_small_words_alone_can_be_found(section, tmp_path):
+    put(tmp_path, {"MEMORY.md": "- with you\n- with us\n"})
+    assert len(open_store(section, tmp_path).search("wit")) == 2
+
+
+@since("s06")
+def test_a_file_that_has_become_too_big_is_left_out_and_told(section, tmp_path, monkeypatch):
+    monkeypatch.setattr(section.module, "MAX_FILE", 100)
+    store = open_store(section, tmp_path)
+    put(tmp_path, {day(): "- the heron\n", day(1): "- the stork\n"})
+    assert store.search("heron") and not store.odd
+    put(tmp_path, {day(): "- the heron\n" * 20})
+    assert not store.search("heron") and store.search("stork")
+    assert list(store.odd) == [day()]
+    (tmp_path / day()).unlink()
+    assert store.search("stork") and not store.odd
 
 
 @since("s06")

@@ -1986,7 +1986,8 @@ class App:
             try:
                 found = self.look_up(agent, message.text, 3, RECALL_SCORE)
             except Exception as error:  # whatever it is, it must not cost the answer
-                found = self.report("memory", f"memory: {explain(error)}") or ""
+                found = ""
+                self.report("memory", f"memory: {explain(error)}")
             if found:
                 agent.system += f"\n\n<recalled>\nNotes that may fit:\n\n{found}\n</recalled>"
         agent.messages.fixed = estimate(TOOLS) + estimate(agent.system)
@@ -1994,15 +1995,14 @@ class App:
     def system_prompt(self, agent: Agent, message: InboundMessage, mode: str = "") -> str:
         """The system prompt for a message, from the files as they are now: the first that fits."""
         window = agent.guard.limit(agent)
-        for name in [mode] if mode else list(ROOM)[window < SMALL_WINDOW :]:
+        for name in [mode] if mode else list(ROOM)[window < SMALL_WINDOW :]:  # full in a large one
             text = self.fill_prompt(agent, message, name, min(MAX_PROMPT, int(window * ROOM[name])))
             if estimate(text) <= window * ROOM[name] / (4 if name == "full" else 2):
                 break
         if not mode and window >= SMALL_WINDOW:
-            told = (
-                f"the prompt of {agent.key.split(':')[1]} would fill half of the window, so it is"
-            )
-            self.report("prompt", *[f"{told} {name}: see /bootstrap, /skills"] * (name != "full"))
+            about = f"prompt of {agent.key.split(':')[1]}"
+            told = f"the {about} would fill half of the window, so it is {name}"
+            self.report(about, *[f"{told}: see /bootstrap, /skills"] * (name != "full"))
         return text
 
     def fill_prompt(self, agent: Agent, message: InboundMessage, mode: str, room: int) -> str:
@@ -2015,14 +2015,16 @@ class App:
         parts = {
             "identity": config.prompt,
             "skills": self.skills.list(),
+            "notes": KEEP_NOTES if message.kind == "direct" else "",
             "runtime": f"agent {config.id}, model {agent.settings['model']}, {platform.system()}, "
             f"workspace {agent.workspace}, {datetime.now().astimezone():%A %Y-%m-%d, UTC%z}",
             "channel": f"You answer on {message.channel}, {message.kind}.",
         }
         if where and where is not self.cli:
             parts["channel"] += f" Plain text; from {where.limit:,} characters on it is cut."
-        self.report(f"files of {config.id}", *loader.problems)
-        self.report("skills", *self.skills.problems)
+        if mode == "full" or agent.guard.limit(agent) < SMALL_WINDOW:  # the first that is tried
+            self.report(f"files of {config.id}", *loader.problems)
+            self.report("skills", *self.skills.problems)
         return build_system_prompt(files, parts, mode)
 
     def route(self, message: InboundMessage) -> tuple["AgentConfig", str, "Binding | None"]:
@@ -2703,7 +2705,8 @@ BOOTSTRAP_FILES = (
 MAX_PROMPT_FILE, MAX_PROMPT = 20_000, 150_000  # characters, as in OpenClaw 2026.3.13
 MAX_PROMPT_READ = 2 << 20  # bytes
 SMALL_WINDOW = 16_000  # tokens; in less, the prompt is minimal
-ROOM = {"full": 2, "minimal": 0.5, "none": 0.125}  # characters for files, by token of the window
+# Characters of files by token of the window: a half of it, an eighth, a 32nd.
+ROOM = {"full": 2, "minimal": 0.5, "none": 0.125}
 MAX_SKILLS, MAX_SKILLS_TEXT = 150, 30_000
 MAX_SKILL_FILE = 256_000  # bytes
 MAX_NOTE, NOTE_OVERLAP = 1600, 320  # characters, 400 and 80 tokens
@@ -2713,16 +2716,14 @@ DIVERSITY = 0.7  # the lambda of MMR
 CANDIDATES = 24
 MIN_SCORE, RECALL_SCORE = 0.1, 0.35
 N_GRAMS = "character n-grams"  # what stands in for the model that turns texts into vectors
+UNSPACED_FROM = "\u0e00"  # what begins with it, or above it, counts as written without blanks
 # Scripts that are written without blanks between words, and Hangul, whose endings change.
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
 MARKS = "[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f]"  # accents, and vowels as signs
-STOP_WORDS = set(  # accents are gone when words are compared
-    re.split(
-        r"\s",
-        """
+STOP_TEXT = """
 a about again all am an and any are as at be been but by can could did do does for from get had
 has have he hello her hi him his how i if in into is it its just me my no not of off on or our
 out please she should so some tell thank thanks that the their them then there they this to
@@ -2731,9 +2732,8 @@ an auch auf aus bei bin bis bitte da danke das dass dem den der des die doch du 
 einen einer er es fur hab habe haben hallo hat heute ich ihr im in ist ja kann man mein meine
 mich mir mit nach nicht noch nun nur oder sein sich sie sind so um und uns von vom war was wann
 wer wie wir wird wo zu zum zur
-""",
-    )
-)
+"""
+STOP_WORDS = set(STOP_TEXT.split())  # accents are gone when words are compared
 READ_SKILL = "If one of these skills fits the task, read its file with read_file, then follow it:"
 KEEP_NOTES = (
     "Nothing stays with you but what is in a file: keep facts with memory_write, and look with "
@@ -2795,7 +2795,7 @@ class BootstrapLoader:
 
 def cut_ends(text: str, limit: int) -> str:
     """The first 70 % and the last 20 % of `limit` characters; the note between has the rest."""
-    if limit < 500:
+    if limit < 500:  # too little to say anything
         return ""
     head, tail = limit * 7 // 10, limit * 2 // 10
     return f"{text[:head]}\n[... {len(text) - head - tail:,} characters cut ...]\n{text[-tail:]}"
@@ -2834,9 +2834,7 @@ class SkillsManager:
                 with suppress(OSError, RuntimeError):  # of a link that leads to itself
                     place, is_inside = str(file), file.resolve().is_relative_to(root.resolve())
                     if not is_inside or plain(place) != place or not place.isprintable():
-                        why = (
-                            "odd characters in its name" if is_inside else "a link leads elsewhere"
-                        )
+                        why = "odd letters in its name" if is_inside else "a link leads elsewhere"
                         problems.append(f"{place!a}: left out, {why}")
                         continue
                     state = file.stat()
@@ -2936,10 +2934,10 @@ def fold(text: str) -> str:
 
 def words_of(text: str) -> list[str]:
     """The words of a text; where a script has no blanks, each two letters side by side."""
-    words = []
+    words = []  # the vowel signs of India's scripts, from U+0900 on, are no \w
     for word in re.findall(f"[{UNSPACED}]+|(?:[^\\W_{UNSPACED}]|[\u0900-\u0dff])+", fold(text)):
         pairs = [word[i : i + 2] for i in range(len(word) - 1)]
-        words += pairs if pairs and word[0] > "\u0e00" else [word]
+        words += pairs if pairs and word[0] > UNSPACED_FROM else [word]
     return words
 
 
@@ -2952,7 +2950,7 @@ def n_grams(text: str) -> int:
     """A vector of 2,048 zeros and ones, as the bits of a number: which n-grams a text has."""
     bits = 0
     for word in terms_of(text):
-        padded = word if word[0] > "\u0e00" else f" {word} "
+        padded = word if word[0] > UNSPACED_FROM else f" {word} "
         for start in range(max(len(padded) - 2, 1)):
             bits |= 1 << (zlib.crc32(padded[start : start + 3].encode()) % 2048)
     return bits
@@ -3014,6 +3012,8 @@ class MemoryStore:
         if self.db and (self.index.exists() or self.place == ":memory:"):
             return
         self.place = place
+        with suppress(OSError):  # SQLite tells what it could not open
+            self.index.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(place, timeout=1, check_same_thread=False)
         self.db.executescript(SCHEMA)
         self.db.execute("DELETE FROM vectors WHERE digest NOT IN (SELECT digest FROM notes)")
@@ -3043,10 +3043,12 @@ class MemoryStore:
                 self.connect(self.index)
                 self.sync()
             append_durably(self.root / path, item)
+            if not self.db:
+                return path
             with suppress(sqlite3.Error), self.db:  # else the next search takes it in
                 last = "SELECT text, lines FROM notes JOIN files USING (path) WHERE path = ?"
                 row = self.db.execute(f"{last} ORDER BY line DESC", [path]).fetchone()
-                if not row or is_heading(row[0]):  # what it becomes a part of
+                if not row or is_heading(row[0]):  # the note joins it: split the file anew
                     self.update(path)
                     return path
                 for line, note in split_notes(item.removesuffix("\n"), row[1] + 1):
@@ -3065,28 +3067,29 @@ class MemoryStore:
 
     def sync(self) -> None:
         """Take into the index what has changed on disk since it was last looked at."""
-        known, found = dict(self.db.execute("SELECT path, stamp FROM files")), {}
+        known, found, odd = dict(self.db.execute("SELECT path, stamp FROM files")), {}, {}
         for file in (self.folder / "MEMORY.md", *self.folder.glob("memory/*.md")):
             with suppress(OSError):
                 path = file.relative_to(self.root).as_posix()
                 if not file.is_file():
                     continue
                 if plain(path) != path or file.stat().st_size > MAX_FILE:
-                    self.odd[path] = f"{plain(path)}: left out, for its name or its size"
+                    odd[path] = f"{plain(path)}: left out, for its name or its size"
                     continue
                 found[path] = self.stamp(file)
         for path in sorted(known.keys() | found.keys()):
             if known.get(path) != found.get(path):
                 try:
                     self.odd.pop(path, "")
-                    self.update(path)
+                    self.update(path, path in found)
                 except OSError as error:
                     self.odd[path] = f"{path}: left out, {error.strerror}"
+        self.odd = {path: self.odd[path] for path in self.odd if path in found} | odd
 
-    def update(self, path: str) -> None:
+    def update(self, path: str, is_kept: bool = True) -> None:
         """Bring the notes of one file up to date; those that stayed keep their index and vector."""
         file, old = self.root / path, {}
-        text = file.read_bytes().decode("utf-8-sig", "replace") if file.is_file() else ""
+        text = file.read_bytes().decode("utf-8-sig", "replace") if is_kept else ""
         text = text.replace("\r\n", "\n").removesuffix("\n")
         if ("\0" in text or "\ufffd" in text) and file.name != "MEMORY.md":  # the prompt tells that
             self.odd[path] = f"{path}: not all of it is text in UTF-8"
@@ -3107,7 +3110,7 @@ class MemoryStore:
                 self.db.execute("DELETE FROM terms WHERE rowid = ?", [name])
                 self.sketches.pop(name, None)
                 self.missing.pop(name, None)
-            if file.is_file():
+            if is_kept:
                 self.note_file(path, text.count("\n") + bool(text))
             else:
                 self.db.execute("DELETE FROM files WHERE path = ?", [path])
@@ -3120,10 +3123,9 @@ class MemoryStore:
             (path, line, note, digest),
         ).lastrowid
         words = words_of(note)
-        ends = [letter for w in words if w[0] > "\u0e00" for letter in w]
-        for word in words:
-            if word[0] < "\u0e00":
-                ends += [word[:40][start:] for start in range(max(len(word[:40]) - 2, 1))]
+        ends = [letter for w in words if w[0] > UNSPACED_FROM for letter in w]
+        for word in (word[:40] for word in words if word[0] < UNSPACED_FROM):
+            ends += [word[start:] for start in range(max(len(word) - 2, 1))]
         self.db.execute(
             "INSERT INTO terms (rowid, words, parts) VALUES (?, ?, ?)",
             (name, " ".join(words), " ".join(ends)),
@@ -3133,7 +3135,7 @@ class MemoryStore:
     def search(self, query: str, limit: int = 6, weights: tuple | None = None) -> list[Hit]:
         """The notes that fit a query best, from vector and keyword scores by their `weights`."""
         with self.lock:
-            for place in (self.index, self.index, ":memory:"):  # if it is damaged; if it cannot be
+            for place in (self.index, self.index, ":memory:"):  # again if damaged, or if no disk
                 try:
                     self.connect(place)
                     self.sync()
@@ -3162,8 +3164,10 @@ class MemoryStore:
 
     def match(self, query: str) -> dict[int, float]:
         """Keyword scores: BM25 against the best, by the share of the query that was found."""
-        terms, found = terms_of(query)[:32], {}
-        asks = [f'words:"{t}"' + f' OR parts:"{t}"*' * (len(t) > 2 or t > "\u0e00") for t in terms]
+        terms, found = terms_of(query)[:32], {}  # as many as a question has
+        asks = [
+            f'words:"{t}"' + f' OR parts:"{t}"*' * (len(t) > 2 or t > UNSPACED_FROM) for t in terms
+        ]
         rows = self.db.execute(
             "SELECT rowid, bm25(terms, 4, 1), words || ' ' || parts FROM terms"
             " WHERE terms MATCH ? ORDER BY 2, rowid DESC LIMIT ?",
@@ -3192,7 +3196,7 @@ class MemoryStore:
         except (openai.OpenAIError, ValueError) as error:
             told = explain(error).replace("check MODEL_ID", "check EMBEDDING_MODEL")
             self.problem = f"{self.model}: {told}; searching by words alone"
-            self.pause = time.monotonic() + 60
+            self.pause = time.monotonic() + 60  # until then it is not asked
             return None
         size = math.sqrt(sketch.bit_count()) or 1
         scores = {  # the cosine of vectors of zeros and ones
@@ -3200,9 +3204,8 @@ class MemoryStore:
             for name, (other, length) in self.sketches.items()
         }
         wanted = CANDIDATES if exact is None else 4 * CANDIDATES
-        near = dict.fromkeys(
-            heapq.nlargest(wanted, scores, lambda n: (scores[n], n))
-        ) | dict.fromkeys(more)
+        near = heapq.nlargest(wanted, scores, lambda n: (scores[n], n))
+        near = dict.fromkeys([*near, *more])
         if exact is None:
             return {name: scores.get(name, 0) for name in near}
         return {name: max(0, self.cosine(name, exact)) for name in near}
@@ -3245,7 +3248,7 @@ class MemoryStore:
                 if size > 1:  # there may be too many notes, or one that is too long
                     size = max(size // 8, 1)
                     continue
-                refused += 1
+                refused += 1  # one that the server does not take goes without
             for name in batch:
                 del self.missing[name]
 
@@ -3273,7 +3276,7 @@ class MemoryStore:
         chosen: list[Hit] = []
 
         def worth(hit: Hit) -> float:
-            same = (len(terms[hit] & terms[c]) / len(terms[hit] | terms[c]) for c in chosen)
+            same = (len(terms[hit] & terms[c]) / max(len(terms[hit] | terms[c]), 1) for c in chosen)
             return DIVERSITY * rest[hit] / best - (1 - DIVERSITY) * max(same, default=0)
 
         while rest and len(chosen) < limit:
@@ -3335,7 +3338,7 @@ def build_system_prompt(files: dict[str, str], parts: dict[str, str], mode: str 
         "soul": files["SOUL.md"],
         "tools": files["TOOLS.md"],
         "skills": f"{READ_SKILL}\n{parts['skills']}" if parts["skills"] else "",
-        "memory": f"{KEEP_NOTES}\n\n{files['MEMORY.md']}".strip(),
+        "memory": f"{parts['notes']}\n\n{files['MEMORY.md']}".strip(),
         "context": "\n\n".join(filter(None, context)),
         "runtime": parts["runtime"],
         "channel": parts["channel"],
@@ -3404,7 +3407,7 @@ def show_skills(agent: Agent, rest: str) -> str:
 @command("/memory", "the notes and their index")
 def show_memory(agent: Agent, rest: str) -> str:
     memory = agent.app.memory(agent)
-    memory.search("memory", 1)
+    memory.search("memory", 1)  # takes into the index what has changed
     return f"{memory.folder}: {len(memory)} notes, vectors by {memory.model}"
 
 
