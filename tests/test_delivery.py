@@ -622,7 +622,7 @@ def test_many_queue_while_the_file_is_compacted(bench: Bench):
     queue, threads = bench.queue, []
 
     def put(who: int) -> None:
-        for number in range(100):
+        for number in range(400):
             bench.put(f"{who}/{number}", f"p{who}")
 
     for who in range(3):
@@ -635,12 +635,12 @@ def test_many_queue_while_the_file_is_compacted(bench: Bench):
             queue.compact()
         rounds += 1
         time.sleep(0.001)
-    expected = {f"p{who}": [f"{who}/{number}" for number in range(100)] for who in range(3)}
-    assert rounds > 3 and len(queue.pending) == 300
+    expected = {f"p{who}": [f"{who}/{number}" for number in range(400)] for who in range(3)}
+    assert rounds > 3 and len(queue.pending) == 1200
     for start_anew in (True, False):
         if start_anew:
             bench.start()
-        assert len(bench.queue.pending) == 300
+        assert len(bench.queue.pending) == 1200
     bench.work()
     assert {person: bench.here.got(person) for person in expected} == expected
 

@@ -187,7 +187,7 @@ def test_a_small_window_gets_the_minimal_prompt(desk: Desk):
 def test_a_prompt_that_becomes_smaller_tells_each_problem_once(desk: Desk):
     (desk.workspace / "TOOLS.md").unlink()
     (desk.workspace / "TOOLS.md").mkdir()
-    for name in ("SOUL.md", "USER.md", "AGENTS.md", "MEMORY.md"):
+    for name in ("USER.md", "AGENTS.md", "MEMORY.md"):
         desk.write(name, "灵" * 20_000)
     printed = desk.run("one", "/prompt minimal", "two", CONTEXT_TOKENS="60000")
     assert printed.count("[TOOLS.md: left out") == 1

@@ -960,6 +960,22 @@ FILES = [
 
 
 @since("s07")
+def test_a_cron_json_that_may_not_be_read_leaves_the_jobs_alone(bench: Bench, monkeypatch):
+    def refuse(file: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    bench.jobs(turn("good", every(60)))
+    bench.cron.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.module, "load_text", refuse)
+        bench.jobs(turn("new", every(60)))
+        told = bench.command("/cron")
+    assert "good" in told and "CRON.json: Permission denied" in told
+    told = bench.command("/cron")
+    assert "new" in told and "Permission" not in told, "no edit is needed to have it read again"
+
+
+@since("s07")
 def test_a_bad_cron_json_is_told_once(bench: Bench):
     """The jobs before go on, as they do while somebody is in the middle of an edit."""
     bench.jobs(job("good", every(60)))

@@ -2101,17 +2101,17 @@ class App:
     def deliver(self, message: InboundMessage, text: str) -> None:
         """Queue a text for who wrote a message, once for its id; on disk when this returns."""
         channel = self.channels.find(message)
-        channel.tell(f"to {message.sender or message.peer}: {text}")
         place = (message.channel, message.account, message.peer)
         pieces = chunk_message(plain(text), channel.limit)
         self.delivery.enqueue(QueuedDelivery(message.ids[0], *place, pieces))
+        channel.tell(f"to {message.sender or message.peer}: {text}")
 
     def note_owner(self, message: InboundMessage) -> None:
         """Note where the owner was last: OWNER (telegram:42), or who wrote last, not in a group."""
         place, here = replace(message, text="", ids=[""]), f"{message.channel}:{message.peer}"
         is_owner = (os.getenv("OWNER", "").strip() or here) == here and message.kind == "direct"
         if is_owner and place != self.log.owner:
-            with suppress(OSError):
+            with suppress(OSError):  # the answer matters more
                 self.log.record("owner", message=asdict(place))
 
     def announce(self, title: str, text: str) -> None:
@@ -3487,9 +3487,11 @@ def search_memory(agent: Agent, query: str) -> str:
 HEARTBEAT_OK = "HEARTBEAT_OK"
 ACK_MAX = 300  # characters beside HEARTBEAT_OK that nobody has to read, as in OpenClaw 2026.3.13
 REPEAT_AFTER = 24 * 3600  # seconds until the same words may be told again
-BACKOFF = (30, 60, 300, 900, 3600)  # seconds, by errors in a row
+BACKOFF = (30, 60, 300, 900)  # seconds, by errors in a row
 MAX_ERRORS = 5
+SET_BACK = 7200  # seconds by which a clock may be set back before its older times are mistrusted
 MAX_RUNS = 2000  # records in the run log when it is cut at a start
+# Five fields, in which croniter would take more than cron does.
 CRON_EXPR = re.compile(r"(?:[\d*,/-]+ ){3}(?:[a-z]{3}|[\d*,/-])+ (?:[a-z]{3}|[\d*,/#-])+", re.I)
 LOOK = 5  # seconds; how often files and clock are looked at
 HEARTBEAT = f"""Nobody has written: the timer woke you. Go through this list, HEARTBEAT.md. Tell
@@ -3520,17 +3522,17 @@ def local_zone(name: str = "") -> tzinfo:
         return ZoneInfo(os.environ["TZ"])
     with suppress(OSError, ValueError), open("/etc/localtime", "rb") as file:
         return ZoneInfo.from_file(file)
-    return datetime.now().astimezone().tzinfo
+    return datetime.now().astimezone().tzinfo  # today's offset, for want of better
 
 
 @dataclass
 class JobState:
     """What has become of a job; times in seconds since 1970."""
 
-    schedule: str = ""
+    schedule: str = ""  # a digest, and so is version
     version: str = ""
-    since: float = 0
-    last: float = 0
+    since: float = 0  # when this schedule was first seen
+    last: float = 0  # when a run began
     ended: float = 0
     errors: int = 0
     error: str = ""
@@ -3559,7 +3561,7 @@ class RunLog:
             self.compact(records[-MAX_RUNS // 4 :])
 
     def compact(self, runs: list[dict]) -> None:
-        """Leave in the file the latest runs, and the state after all."""
+        """Leave in the file the latest runs, as `ended`, which replay passes by, and the state."""
         ends = [{**run, "type": "ended"} for run in runs if run.get("type") in ("end", "ended")]
         states = [{"type": "state", "job": j, "state": asdict(s)} for j, s in self.states.items()]
         told = [{"type": "told", "digest": d, "at": at} for d, at in self.told.items()]
@@ -3663,7 +3665,8 @@ class HeartbeatRunner:
 
     def tick(self) -> str:
         """Run a beat if it should. Returns what came of it, or why it did not run."""
-        if not 0 < self.log.beat <= self.clock.now() + 60:  # the first start, or a clock set back
+        # The first start, or a clock that was set back, by more than it is corrected daily.
+        if not 0 < self.log.beat <= self.clock.now() + 60:
             self.log.record("beat", at=self.clock.now())
         ready, reason = self.should_run()
         if not ready or not self.lane.attempt():
@@ -3710,6 +3713,7 @@ class HeartbeatRunner:
 
 def strip_ok(text: str) -> str:
     """What is left to tell of an answer: nothing of HEARTBEAT_OK with a short remark beside it."""
+    # Models put it in bold, in quotes or in tags: marks do not count, loose ones go with it.
     text, marks = text.strip(), " \n\t*_`'\"<>/()[].,:;!-\u201c\u201d\u2018\u2019"
     bare = re.sub(r"^(?:<\w+>)+|(?:</\w+>)+$", "", text).strip(marks)
     rest, loose = text, " \n\t*_`:,-"
@@ -3752,27 +3756,23 @@ class CronJob:
                 raise ValueError(
                     "payload must be agent_turn with message or system_event with text"
                 )
-        self.zone = local_zone(self.zone_name())
+        if not isinstance(self.schedule.get("tz", ""), str):
+            raise ValueError("tz must be the name of a time zone")
+        self.zone = local_zone(self.schedule.get("tz", ""))
         match self.schedule:
             case {"kind": "at", "at": str(at)}:
                 self.at = self.moment(at)
             case {"kind": "every", "every_seconds": int(seconds)} if (
-                0 < seconds < 1e9 and seconds is not True
+                0 < seconds < 1e9 and seconds is not True  # an int, too
             ):
                 anchor = self.schedule.get("anchor")
                 self.anchor = None if anchor is None else self.moment(anchor)
             case {"kind": "cron", "expr": str(expr)}:
                 if not CRON_EXPR.fullmatch(" ".join(expr.split())):
                     raise ValueError(f"expr must be five fields of cron, not {expr!r}")
-                self.after(time.time())
+                self.after(time.time())  # raises if there is none
             case _:
                 raise ValueError("schedule must be at, every (every_seconds > 0) or cron with expr")
-
-    def zone_name(self) -> str:
-        name = self.schedule.get("tz", "")
-        if not isinstance(name, str):
-            raise ValueError("tz must be the name of a time zone")
-        return name
 
     def moment(self, text: object) -> float:
         """A time such as 2030-01-07T09:00:00+01:00; without an offset it is in tz, or local."""
@@ -3861,6 +3861,8 @@ class CronService:
                 entries = json.loads(load_text(self.file).removeprefix("\ufeff"))["jobs"]
                 if not isinstance(entries, list):
                     raise TypeError
+            except OSError as error:
+                self.problems, self.stamp = [f"CRON.json: {error.strerror}"], ""
             except (KeyError, TypeError):
                 self.problems = ['CRON.json: it must hold {"jobs": [...]}']
             except (ValueError, RecursionError) as error:
@@ -3877,7 +3879,7 @@ class CronService:
             name = isinstance(entry, dict) and entry.get("id") or f"job {number}"
             try:
                 job = self.read(entry)
-                self.note(job)
+                self.take_in(job)
                 self.plan(job)
                 self.jobs[job.id] = job
             except ValueError as error:
@@ -3898,8 +3900,8 @@ class CronService:
             raise ValueError(f"there is no agent {job.agent!r}")
         return job
 
-    def note(self, job: CronJob) -> None:
-        """Write down a job that is new or was edited, and one that the last run did not end."""
+    def take_in(self, job: CronJob) -> None:
+        """Bring a job and its state together. Raises ValueError if its one time was past before."""
         schedule, version, now = job.digest("schedule"), job.digest(), self.clock.now()
         state = self.log.states.get(job.id, JobState())
         was_running = state.running and state.schedule == schedule
@@ -3908,7 +3910,7 @@ class CronService:
         if was_running and job.id not in self.active:
             self.end(job, "interrupted: the program ended while it ran", now)
         state = self.log.states[job.id]
-        if max(state.since, state.last) > now + 7200:  # the clock was wrong then
+        if max(state.since, state.last) > now + SET_BACK:  # the clock was wrong then
             state = replace(state, since=now, last=now, ended=now)
             self.log.record("state", job=job.id, state=asdict(state))
         if job.schedule["kind"] == "every" and job.anchor is None:
@@ -3937,7 +3939,7 @@ class CronService:
         """Start what is due. Returns the seconds until something may be due, LOOK at most."""
         with self.log.lock:
             now = self.clock.now()
-            if now < self.latest - 7200:  # the clock was set back: look at all jobs again
+            if now < self.latest - SET_BACK:  # look at all jobs again
                 self.stamp = ""
             self.latest = now
             self.load()
@@ -3958,8 +3960,8 @@ class CronService:
         """Run a job, note what came of it, and tell; the outermost of its thread."""
         text, error = "", ""
         try:
-            now = self.jobs.get(job.id)
-            if not now or now.digest() != job.digest():
+            current = self.jobs.get(job.id)
+            if not current or current.digest() != job.digest():
                 return  # it was edited or removed while it waited
             self.log.record("start", job=job.id, at=self.clock.now())
             try:
@@ -4006,8 +4008,8 @@ class CronService:
     def forget(self, job: CronJob) -> None:
         """Take a job out of CRON.json."""
         whole = json.loads(load_text(self.file).removeprefix("\ufeff"))
-        others = [e for e in whole["jobs"] if not isinstance(e, dict) or e.get("id") != job.id]
-        whole["jobs"] = others
+        jobs = whole["jobs"]
+        whole["jobs"] = [e for e in jobs if not isinstance(e, dict) or e.get("id") != job.id]
         replace_file(self.file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def run(self) -> None:
