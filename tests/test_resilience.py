@@ -572,6 +572,20 @@ def test_attempts_are_capped(desk, fake_model):
 
 
 @since("s09")
+def test_what_is_passed_over_for_its_key_is_no_attempt(desk, fake_model):
+    """Of 12 attempts two learn that a key is bad; the other models of these keys cost none."""
+    keys = {"OPENAI_API_KEY_2": "k2", "OPENAI_API_KEY_3": "k3"}
+    bench = desk(OPENAI_BASE_URL=fake_model.url, FALLBACK_MODELS="a b c d", **keys)
+    for key in (KEYS[0], "k2"):
+        for model in ("m1", *"abcd"):
+            fake_model.script(model, [Error(401)], key=key, repeat=True)
+    for model in ("m1", *"abc"):
+        fake_model.script(model, [Error(429)], key="k3", repeat=True)
+    fake_model.script("d", [Text("at last")], key="k3")
+    assert bench.ask("hi") == "at last" and len(fake_model.chats) == 7
+
+
+@since("s09")
 def test_a_model_that_calls_tools_for_ever_is_stopped(bench: Bench, servers):
     rig(bench, servers, ["good", "good", "good"])
     read = ToolCalls([("read_file", {"path": "no"})])

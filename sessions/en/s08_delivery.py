@@ -1226,7 +1226,7 @@ class Channel:
     setting = ""  # an account is there when it has this one
     library = ""  # imported before the threads run
     limit = 4000  # UTF-16 units in a text
-    is_keyed = False  # whether a text that is sent again with its key does not come twice
+    is_keyed = False  # what is sent again with its key does not come twice
 
     def __init__(self, app: "App", account: ChannelAccount) -> None:
         self.app, self.account = app, account
@@ -1847,7 +1847,7 @@ class App:
             if channel is None or not channel.allows(message):
                 return  # until it is configured again
             text = self.inbox.answers.get(message.ids[0])
-            if text is not None:  # it was not sent for sure when the last run ended
+            if text is not None:  # s04 to s07 left it: it was not sent for sure
                 self.reply(message, text)
             elif self.delivery.has(message.ids[0]):  # the last run ended before it noted that
                 self.inbox.note(message, type="done")
@@ -4078,7 +4078,7 @@ SEND_BACKOFF = (5, 25, 120, 600)  # seconds between the tries, as in OpenClaw 20
 JITTER = 0.2  # of them: what failed together is not tried together
 MAX_TRIES = 5
 LONGEST_WAIT = 86400  # seconds; to try once a day does no harm
-SENDERS = 4  # threads of a channel: so many recipients may hang at a time
+SENDERS = 4  # threads of an account: so many recipients may hang at a time
 HANGS = 1  # seconds after which a send holds up the next one no more
 MAX_FAILED = 1000  # texts that are kept; the oldest makes room
 MAX_SENT = 1000  # ids of texts that are gone
@@ -4095,7 +4095,7 @@ class QueuedDelivery:
     peer: str
     pieces: list[str]
     sent: int = 0  # pieces that the platform has
-    tries: int = 0  # of the next one
+    tries: int = 0  # that failed, of the next one
     error: str = ""
     due: float = 0
 
@@ -4138,7 +4138,7 @@ class DeliveryQueue:
         self.journal = Journal(path)
         self.counts = dict.fromkeys(("enqueue", "ack", "retry", "failed", "again", "sent"), 0)
         restore(self.journal, self.apply)
-        self.counts = dict.fromkeys(self.counts, 0)
+        self.counts = dict.fromkeys(self.counts, 0)  # without the replay
         self.compact()
 
     def apply(self, record: dict) -> None:
@@ -4188,15 +4188,15 @@ class DeliveryQueue:
             del self.lines[delivery.recipient]
 
     def outlet(self, channel: tuple) -> tuple[list, threading.Condition]:
-        """When which recipient of a channel (its name, an account) is due, and who waits for it."""
+        """The heap of a channel (name, account): who is due when; and what wakes its threads."""
         return self.outlets.setdefault(channel, ([], threading.Condition(self.lock)))
 
     def schedule(self, recipient: tuple) -> None:
-        """Plan the first text of a recipient's line. Plans that are overtaken are left to lie."""
+        """Plan the first text of a recipient's line. A plan that no longer holds is passed over."""
         if line := self.lines.get(recipient):
             heap, due = self.outlet(recipient[:2])
             heapq.heappush(heap, (line[0].due, next(self.numbers), recipient))
-            with self.lock:
+            with self.lock:  # a replay does not hold it
                 due.notify()
 
     def write(self, record: dict, durable: bool) -> None:
@@ -4238,7 +4238,7 @@ class DeliveryQueue:
         return any(name in ids for ids in (self.pending, self.failed, self.sent))
 
     def enqueue(self, delivery: QueuedDelivery) -> None:
-        """Take a text, on disk when this returns, and one of each id. Raises OSError."""
+        """Take a text, on disk when this returns, once for each id. Raises OSError."""
         with self.lock:
             if self.has(delivery.id):
                 return
@@ -4270,13 +4270,13 @@ class DeliveryQueue:
                     recipient = heapq.heappop(heap)[2]
                     line = self.lines.get(recipient)
                     if line and recipient not in self.busy and line[0].due <= now:
-                        self.busy[recipient] = -HANGS if is_keyed else now
+                        self.busy[recipient] = -HANGS if is_keyed else now  # -HANGS: nobody waits
                         return line[0]
                 due.wait(max(heap[0][0] - now, turn - now, 0) if heap else None)
         return None
 
     def settle(self, delivery: QueuedDelivery, kind: str, **about: object) -> None:
-        """Note what came of a try, ack, retry or failed; that rides on the next sync.
+        """Note what came of a try (ack, retry or failed), without a sync of its own.
 
         Raises OSError when it is not in the file: it is noted here, and written with the next.
         """
@@ -4363,7 +4363,7 @@ def cut_piece(text: str, limit: int) -> tuple[str, str]:
     fence, start = open_fence(text, size)
     begun = start + len(fence) + 1
     if size == len(text) or not fence or (start == 0 and len(fence) >= limit // 4):
-        return text[:size], text[size:]
+        return text[:size], text[size:]  # or no room to repeat the fence
     mark = FENCE.match(fence)[1]
     size = cut_before(text, limit - len(mark) - 1, begun)
     if start > size // 2 or (start and size <= begun):  # it may fit into the next piece
@@ -4381,14 +4381,14 @@ def cut_before(text: str, limit: int, least: int = 0) -> int:
         return size
     ends = (text.rfind(mark, 0, size) + len(mark) for mark in ("\n\n", "\n", " "))
     size = next((end for end in ends if end > max(size // 2, least)), size)
-    places = range(size, max(size - 50, least), -1)
+    places = range(size, max(size - 50, least), -1)  # no emoji, with its joints, is longer
     return next((end for end in places if not joined(text, end)), size)
 
 
 def joined(text: str, at: int) -> bool:
-    """Whether the characters before and after a place are seen as one: accents, emoji, flags."""
+    """Whether the characters around a place are seen as one: accents, emoji, flags, Hangul."""
     before, after = text[at - 1], text[at]
-    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]
+    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]  # two are a flag
     return (
         "\u200d" in (before, after)
         or unicodedata.category(after).startswith("M")
@@ -4399,7 +4399,7 @@ def joined(text: str, at: int) -> bool:
 
 
 def open_fence(text: str, at: int) -> tuple[str, int]:
-    """The line that began the code block around a place, and where; "" if there is none."""
+    """The line that began the code block around a place, and where, or "". A cut line is whole."""
     line, start = "", 0
     for match in FENCE.finditer(text[: at - 1] + text[at - 1 :].partition("\n")[0]):
         if not line:
@@ -4449,7 +4449,7 @@ def show_stats(agent: Agent, rest: str) -> str:
     done = agent.app.delivery.counts
     return (
         f"delivery: {done['enqueue']} texts taken, {done['ack']} pieces sent, "
-        f"{done['retry']} tries failed, {done['failed']} texts given up, {done['again']} put back"
+        f"{done['retry']} tries put off, {done['failed']} texts given up, {done['again']} put back"
     )
 
 

@@ -197,7 +197,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         told = reply.response.read().decode()
         failure = openai.OpenAIError(f"HTTP 200, but no stream: {told}")
         with suppress(LookupError, TypeError, ValueError):
-            failure.code = json.loads(told)["error"]["code"]
+            failure.code = json.loads(told)["error"]["code"]  # for classify_failure
         raise failure
     text, finish_reason = "", None
     calls, thoughts = [], ""
@@ -1235,7 +1235,7 @@ class Channel:
     setting = ""  # an account is there when it has this one
     library = ""  # imported before the threads run
     limit = 4000  # UTF-16 units in a text
-    is_keyed = False  # whether a text that is sent again with its key does not come twice
+    is_keyed = False  # what is sent again with its key does not come twice
 
     def __init__(self, app: "App", account: ChannelAccount) -> None:
         self.app, self.account = app, account
@@ -1858,7 +1858,7 @@ class App:
             if channel is None or not channel.allows(message):
                 return  # until it is configured again
             text = self.inbox.answers.get(message.ids[0])
-            if text is not None:  # it was not sent for sure when the last run ended
+            if text is not None:  # s04 to s07 left it: it was not sent for sure
                 self.reply(message, text)
             elif self.delivery.has(message.ids[0]):  # the last run ended before it noted that
                 self.inbox.note(message, type="done")
@@ -4090,7 +4090,7 @@ SEND_BACKOFF = (5, 25, 120, 600)  # seconds between the tries, as in OpenClaw 20
 JITTER = 0.2  # of them: what failed together is not tried together
 MAX_TRIES = 5
 LONGEST_WAIT = 86400  # seconds; to try once a day does no harm
-SENDERS = 4  # threads of a channel: so many recipients may hang at a time
+SENDERS = 4  # threads of an account: so many recipients may hang at a time
 HANGS = 1  # seconds after which a send holds up the next one no more
 MAX_FAILED = 1000  # texts that are kept; the oldest makes room
 MAX_SENT = 1000  # ids of texts that are gone
@@ -4107,7 +4107,7 @@ class QueuedDelivery:
     peer: str
     pieces: list[str]
     sent: int = 0  # pieces that the platform has
-    tries: int = 0  # of the next one
+    tries: int = 0  # that failed, of the next one
     error: str = ""
     due: float = 0
 
@@ -4150,7 +4150,7 @@ class DeliveryQueue:
         self.journal = Journal(path)
         self.counts = dict.fromkeys(("enqueue", "ack", "retry", "failed", "again", "sent"), 0)
         restore(self.journal, self.apply)
-        self.counts = dict.fromkeys(self.counts, 0)
+        self.counts = dict.fromkeys(self.counts, 0)  # without the replay
         self.compact()
 
     def apply(self, record: dict) -> None:
@@ -4200,15 +4200,15 @@ class DeliveryQueue:
             del self.lines[delivery.recipient]
 
     def outlet(self, channel: tuple) -> tuple[list, threading.Condition]:
-        """When which recipient of a channel (its name, an account) is due, and who waits for it."""
+        """The heap of a channel (name, account): who is due when; and what wakes its threads."""
         return self.outlets.setdefault(channel, ([], threading.Condition(self.lock)))
 
     def schedule(self, recipient: tuple) -> None:
-        """Plan the first text of a recipient's line. Plans that are overtaken are left to lie."""
+        """Plan the first text of a recipient's line. A plan that no longer holds is passed over."""
         if line := self.lines.get(recipient):
             heap, due = self.outlet(recipient[:2])
             heapq.heappush(heap, (line[0].due, next(self.numbers), recipient))
-            with self.lock:
+            with self.lock:  # a replay does not hold it
                 due.notify()
 
     def write(self, record: dict, durable: bool) -> None:
@@ -4250,7 +4250,7 @@ class DeliveryQueue:
         return any(name in ids for ids in (self.pending, self.failed, self.sent))
 
     def enqueue(self, delivery: QueuedDelivery) -> None:
-        """Take a text, on disk when this returns, and one of each id. Raises OSError."""
+        """Take a text, on disk when this returns, once for each id. Raises OSError."""
         with self.lock:
             if self.has(delivery.id):
                 return
@@ -4282,13 +4282,13 @@ class DeliveryQueue:
                     recipient = heapq.heappop(heap)[2]
                     line = self.lines.get(recipient)
                     if line and recipient not in self.busy and line[0].due <= now:
-                        self.busy[recipient] = -HANGS if is_keyed else now
+                        self.busy[recipient] = -HANGS if is_keyed else now  # -HANGS: nobody waits
                         return line[0]
                 due.wait(max(heap[0][0] - now, turn - now, 0) if heap else None)
         return None
 
     def settle(self, delivery: QueuedDelivery, kind: str, **about: object) -> None:
-        """Note what came of a try, ack, retry or failed; that rides on the next sync.
+        """Note what came of a try (ack, retry or failed), without a sync of its own.
 
         Raises OSError when it is not in the file: it is noted here, and written with the next.
         """
@@ -4375,7 +4375,7 @@ def cut_piece(text: str, limit: int) -> tuple[str, str]:
     fence, start = open_fence(text, size)
     begun = start + len(fence) + 1
     if size == len(text) or not fence or (start == 0 and len(fence) >= limit // 4):
-        return text[:size], text[size:]
+        return text[:size], text[size:]  # or no room to repeat the fence
     mark = FENCE.match(fence)[1]
     size = cut_before(text, limit - len(mark) - 1, begun)
     if start > size // 2 or (start and size <= begun):  # it may fit into the next piece
@@ -4393,14 +4393,14 @@ def cut_before(text: str, limit: int, least: int = 0) -> int:
         return size
     ends = (text.rfind(mark, 0, size) + len(mark) for mark in ("\n\n", "\n", " "))
     size = next((end for end in ends if end > max(size // 2, least)), size)
-    places = range(size, max(size - 50, least), -1)
+    places = range(size, max(size - 50, least), -1)  # no emoji, with its joints, is longer
     return next((end for end in places if not joined(text, end)), size)
 
 
 def joined(text: str, at: int) -> bool:
-    """Whether the characters before and after a place are seen as one: accents, emoji, flags."""
+    """Whether the characters around a place are seen as one: accents, emoji, flags, Hangul."""
     before, after = text[at - 1], text[at]
-    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]
+    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]  # two are a flag
     return (
         "\u200d" in (before, after)
         or unicodedata.category(after).startswith("M")
@@ -4411,7 +4411,7 @@ def joined(text: str, at: int) -> bool:
 
 
 def open_fence(text: str, at: int) -> tuple[str, int]:
-    """The line that began the code block around a place, and where; "" if there is none."""
+    """The line that began the code block around a place, and where, or "". A cut line is whole."""
     line, start = "", 0
     for match in FENCE.finditer(text[: at - 1] + text[at - 1 :].partition("\n")[0]):
         if not line:
@@ -4467,8 +4467,8 @@ def show_stats(agent: Agent, rest: str) -> str:
     done = agent.app.delivery.counts
     return (
         f"delivery: {done['enqueue']} texts taken, {done['ack']} pieces sent, "
-        f"{done['retry']} tries failed, {done['failed']} texts given up, {done['again']} put back\n"
-        f"model: {agent.app.profiles.stats()}"
+        f"{done['retry']} tries put off, {done['failed']} texts given up, {done['again']} put back"
+        f"\nmodel: {agent.app.profiles.stats()}"
     )
 
 
@@ -4476,7 +4476,7 @@ def show_stats(agent: Agent, rest: str) -> str:
 
 COOLDOWNS = (30, 60, 300)  # seconds, by failures in a row
 LONG_COOLDOWNS = (600, 1800, 3600)  # for what a person has to mend
-RETRIES = (1, 4)  # seconds before what may have passed is tried once more in a turn
+RETRIES = (1, 4)  # seconds before what may have passed is tried once more in a call
 PATIENCE = 20  # seconds that a turn waits at most when a server says how long
 MAX_TRYING = 60  # seconds after which a call is not begun again
 MAX_ATTEMPTS = 12  # at one model call
@@ -4498,8 +4498,8 @@ class FailoverReason(StrEnum):
 
 
 PASSING = {FailoverReason.RATE_LIMIT, FailoverReason.OVERLOADED, FailoverReason.TIMEOUT}
-OF_THE_KEY = {FailoverReason.AUTH, FailoverReason.BILLING}
-OF_THE_REQUEST = {FailoverReason.FORMAT, FailoverReason.OVERFLOW}
+OF_THE_KEY = {FailoverReason.AUTH, FailoverReason.BILLING}  # what all share that have the key
+OF_THE_REQUEST = {FailoverReason.FORMAT, FailoverReason.OVERFLOW}  # another one may be fine
 REASONS_BY_CODE = {
     "insufficient_quota": FailoverReason.BILLING,
     "billing_hard_limit_reached": FailoverReason.BILLING,
@@ -4542,7 +4542,7 @@ class NoProfileLeft(openai.OpenAIError):
 
 
 def classify_failure(error: BaseException) -> FailoverReason | None:
-    """Why a model call failed, by status and code, never by loose words; None for other failures.
+    """Why a model call failed, by status and code, never by loose words; None for a full disk.
 
     The codes are OpenAI's and those of servers that speak as it does.
     """
@@ -4550,7 +4550,7 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return FailoverReason.OVERFLOW
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return None  # of the disk: no other server can help
-    if type(error) is openai.OpenAIError and error.__cause__:
+    if type(error) is openai.OpenAIError and error.__cause__:  # what is behind "no summary"
         return classify_failure(error.__cause__)
     if isinstance(error, openai.OpenAIError) and is_overflow(error):
         return FailoverReason.OVERFLOW  # as the guard sees it
@@ -4560,13 +4560,12 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
     for name in (code, str(getattr(error, "type", None) or "")):
         if name in REASONS_BY_CODE:
             return REASONS_BY_CODE[name]
-    if "'reason': 'API_KEY_INVALID'" in str(getattr(error, "body", "")):  # Gemini's is a 400
+    told = str(getattr(error, "body", error))
+    if "'reason': 'API_KEY_INVALID'" in told:  # Gemini's is a 400
         return FailoverReason.AUTH
-    if status == 403 and "'flagged_input': " in str(
-        getattr(error, "body", error)
-    ):  # OpenRouter's moderation
+    if status == 403 and "'flagged_input': " in told:  # OpenRouter's moderation
         return FailoverReason.FORMAT
-    if status == 402 and retry_after(error):  # OpenRouter's budget for what runs at one time
+    if status == 402 and retry_after(error):  # OpenRouter: no credit while others run
         return FailoverReason.RATE_LIMIT
     if status in REASONS_BY_STATUS:
         return REASONS_BY_STATUS[status]
@@ -4589,10 +4588,10 @@ def retry_after(error: BaseException) -> float:
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = headers.get(name, "")
         if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-            return min(float(text) / unit, 24 * 3600)
+            return min(float(text) / unit, LONGEST_WAIT)
         with suppress(ArithmeticError, TypeError, ValueError):
             wait = parsedate_to_datetime(text).timestamp() - time.time()
-            return min(max(wait, 0), 24 * 3600)
+            return min(max(wait, 0), LONGEST_WAIT)
     return 0
 
 
@@ -4608,7 +4607,7 @@ class AuthProfile:
     error: str = ""
     errors: int = 0  # in a row
     until: float = 0  # it rests, by the clock of the manager
-    is_told: bool = False  # by the server
+    is_told: bool = False  # a server said for how long
     calls: Counter = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -4647,21 +4646,21 @@ class ProfileManager:
                 client = client.with_options(api_key=key or "none")
             if is_other:
                 client.organization = client.project = None
-            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
+            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):  # both
                 raise ValueError("a key has no blanks, a URL begins with http:// and names a host")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
         return AuthProfile(name, name if key or is_other else "1", client, settings)
 
     def order(self) -> list[AuthProfile]:
-        """Those that need not rest, then those that a server did not tell to, as it ends."""
+        """Those that need not rest, then those that no server told to, the first to end first."""
         now = self.now()
         rested = [each for each in self.profiles if each.until <= now]
         resting = sorted((p for p in self.profiles if p.until > now), key=lambda each: each.until)
         return rested + [each for each in resting if not each.is_told]
 
     def wait(self, profile: AuthProfile) -> float:
-        """The seconds that a server wants a profile to rest still."""
+        """The seconds for which a server still wants a profile to rest."""
         return max(profile.until - self.now(), 0) if profile.is_told else 0
 
     def succeed(self, profile: AuthProfile) -> None:
@@ -4676,10 +4675,10 @@ class ProfileManager:
             profile.calls[str(reason)] += 1
             profile.reason, profile.error = reason, explain(error)
             if reason in OF_THE_REQUEST:
-                return  # another request may be fine
+                return
             lasts = reason in OF_THE_KEY or reason == FailoverReason.MODEL_NOT_FOUND
             table = LONG_COOLDOWNS if lasts else COOLDOWNS
-            if profile.until <= self.now() or not profile.errors:  # else it is the same outage
+            if profile.until <= self.now() or not profile.errors:  # else the same outage
                 profile.errors += 1
             told, rest = retry_after(error), table[min(profile.errors, len(table)) - 1]
             profile.until, profile.is_told = self.now() + (told or rest), bool(told)
@@ -4721,9 +4720,8 @@ class ResilienceRunner:
         What a turn has done so far stands in the history, so that no tool runs twice.
         """
         failure, last, refused, bad_keys = None, None, False, set()
-        for profile, pause in islice(self.plan(), MAX_ATTEMPTS):
-            if profile.key in bad_keys:
-                continue
+        plan = ((each, pause) for each, pause in self.plan() if each.key not in bad_keys)
+        for profile, pause in islice(plan, MAX_ATTEMPTS):
             if last or pause:
                 told = f"profile {last.name}: {last.reason}" if last else "a server wants a pause"
                 then = "again" if profile is last else f"profile {profile.name}"
@@ -4790,7 +4788,7 @@ class FailingOnce:
 
     def __init__(self, client: openai.OpenAI, error: Exception) -> None:
         self.client, self.error = client, error
-        self.chat = self.completions = self
+        self.chat = self.completions = self  # so that `create` below is found
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.client, name)
@@ -4804,7 +4802,7 @@ class FailingOnce:
 
 def simulated_error(reason: FailoverReason, client: openai.OpenAI) -> Exception:
     """What the SDK raises for a reason."""
-    import httpx
+    import httpx  # the SDK takes its responses, too
 
     request = httpx.Request("POST", f"{client.base_url}chat/completions")
     if reason == FailoverReason.TIMEOUT:

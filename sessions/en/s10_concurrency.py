@@ -199,7 +199,7 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         told = reply.response.read().decode()
         failure = openai.OpenAIError(f"HTTP 200, but no stream: {told}")
         with suppress(LookupError, TypeError, ValueError):
-            failure.code = json.loads(told)["error"]["code"]
+            failure.code = json.loads(told)["error"]["code"]  # for classify_failure
         raise failure
     text, finish_reason = "", None
     calls, thoughts = [], ""
@@ -236,7 +236,7 @@ def agent_turn(agent: Agent) -> str:
     for rounds in range(1, MAX_ROUNDS + 1):
         try:
             message, finish_reason = agent.app.resilience.call(agent)
-        finally:
+        finally:  # who was stopped is told so, however the call ended
             agent.app.lanes.check()
         agent.messages.append(message)
         if not message.get("tool_calls"):
@@ -267,7 +267,7 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
     except (Exception, KeyboardInterrupt) as error:  # a turn may fail, the loop goes on
         if agent.messages[-1:] == [question] and not isinstance(error, NoProfileLeft | Stopped):
             agent.messages.pop()
-        with suppress(Stopped):  # once more
+        with suppress(Stopped):  # `show` looks, too, and there may be a second /stop
             agent.show(f"\n[{explain(error)}]")
         return ""
 
@@ -777,7 +777,7 @@ def mend(messages: list[dict]) -> list[dict]:
 class SessionStore:
     """The sessions of one agent: a journal each, and which of them a session key means now."""
 
-    pointing = threading.Lock()
+    pointing = threading.Lock()  # one for all: each agent_for makes a store
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "sessions"
@@ -1248,7 +1248,7 @@ class Channel:
     setting = ""  # an account is there when it has this one
     library = ""  # imported before the threads run
     limit = 4000  # UTF-16 units in a text
-    is_keyed = False  # whether a text that is sent again with its key does not come twice
+    is_keyed = False  # what is sent again with its key does not come twice
 
     def __init__(self, app: "App", account: ChannelAccount) -> None:
         self.app, self.account = app, account
@@ -1887,7 +1887,7 @@ class App:
             if channel is None or not channel.allows(message):
                 return  # until it is configured again
             text = self.inbox.answers.get(message.ids[0])
-            if text is not None:  # it was not sent for sure when the last run ended
+            if text is not None:  # s04 to s07 left it: it was not sent for sure
                 self.reply(message, text)
             elif self.delivery.has(message.ids[0]):  # the last run ended before it noted that
                 self.inbox.note(message, type="done")
@@ -1951,8 +1951,9 @@ class App:
         if not text.startswith("/") or text.split()[0] not in COMMANDS:
             return False
         try:
-            session, _ = self.lanes_of(message := self.cli.message(text))
-            with self.lanes.enter(*[session] * (text.split()[0] not in AT_ONCE)):
+            message = self.cli.message(text)
+            lanes = () if text.split()[0] in AT_ONCE else self.lanes_of(message)[:1]
+            with self.lanes.enter(*lanes):
                 agent = self.agent_for(message)
                 agent.show, before = show, agent.messages
                 run_command(agent, text)
@@ -3675,7 +3676,7 @@ class HeartbeatRunner:
         try:
             self.log.record("beat", at=self.clock.now())
             text = self.app.think("heartbeat", f"{HEARTBEAT}\n\n{self.checks()}")
-        except (Exception, KeyboardInterrupt) as error:  # no message to anybody; the next one tries
+        except (Exception, KeyboardInterrupt) as error:  # nobody has asked; the next beat tries
             self.result = f"failed: {explain(error)}"
             lasting = re.sub(r", again in \d+ s", "", self.result)  # told once, not at each beat
             self.app.report("heartbeat", f"heartbeat {lasting}")
@@ -4107,7 +4108,7 @@ SEND_BACKOFF = (5, 25, 120, 600)  # seconds between the tries, as in OpenClaw 20
 JITTER = 0.2  # of them: what failed together is not tried together
 MAX_TRIES = 5
 LONGEST_WAIT = 86400  # seconds; to try once a day does no harm
-SENDERS = 4  # threads of a channel: so many recipients may hang at a time
+SENDERS = 4  # threads of an account: so many recipients may hang at a time
 HANGS = 1  # seconds after which a send holds up the next one no more
 MAX_FAILED = 1000  # texts that are kept; the oldest makes room
 MAX_SENT = 1000  # ids of texts that are gone
@@ -4124,7 +4125,7 @@ class QueuedDelivery:
     peer: str
     pieces: list[str]
     sent: int = 0  # pieces that the platform has
-    tries: int = 0  # of the next one
+    tries: int = 0  # that failed, of the next one
     error: str = ""
     due: float = 0
 
@@ -4167,7 +4168,7 @@ class DeliveryQueue:
         self.journal = Journal(path)
         self.counts = dict.fromkeys(("enqueue", "ack", "retry", "failed", "again", "sent"), 0)
         restore(self.journal, self.apply)
-        self.counts = dict.fromkeys(self.counts, 0)
+        self.counts = dict.fromkeys(self.counts, 0)  # without the replay
         self.compact()
 
     def apply(self, record: dict) -> None:
@@ -4217,15 +4218,15 @@ class DeliveryQueue:
             del self.lines[delivery.recipient]
 
     def outlet(self, channel: tuple) -> tuple[list, threading.Condition]:
-        """When which recipient of a channel (its name, an account) is due, and who waits for it."""
+        """The heap of a channel (name, account): who is due when; and what wakes its threads."""
         return self.outlets.setdefault(channel, ([], threading.Condition(self.lock)))
 
     def schedule(self, recipient: tuple) -> None:
-        """Plan the first text of a recipient's line. Plans that are overtaken are left to lie."""
+        """Plan the first text of a recipient's line. A plan that no longer holds is passed over."""
         if line := self.lines.get(recipient):
             heap, due = self.outlet(recipient[:2])
             heapq.heappush(heap, (line[0].due, next(self.numbers), recipient))
-            with self.lock:
+            with self.lock:  # a replay does not hold it
                 due.notify()
 
     def write(self, record: dict, durable: bool) -> None:
@@ -4267,7 +4268,7 @@ class DeliveryQueue:
         return any(name in ids for ids in (self.pending, self.failed, self.sent))
 
     def enqueue(self, delivery: QueuedDelivery) -> None:
-        """Take a text, on disk when this returns, and one of each id. Raises OSError."""
+        """Take a text, on disk when this returns, once for each id. Raises OSError."""
         with self.lock:
             if self.has(delivery.id):
                 return
@@ -4299,13 +4300,13 @@ class DeliveryQueue:
                     recipient = heapq.heappop(heap)[2]
                     line = self.lines.get(recipient)
                     if line and recipient not in self.busy and line[0].due <= now:
-                        self.busy[recipient] = -HANGS if is_keyed else now
+                        self.busy[recipient] = -HANGS if is_keyed else now  # -HANGS: nobody waits
                         return line[0]
                 due.wait(max(heap[0][0] - now, turn - now, 0) if heap else None)
         return None
 
     def settle(self, delivery: QueuedDelivery, kind: str, **about: object) -> None:
-        """Note what came of a try, ack, retry or failed; that rides on the next sync.
+        """Note what came of a try (ack, retry or failed), without a sync of its own.
 
         Raises OSError when it is not in the file: it is noted here, and written with the next.
         """
@@ -4392,7 +4393,7 @@ def cut_piece(text: str, limit: int) -> tuple[str, str]:
     fence, start = open_fence(text, size)
     begun = start + len(fence) + 1
     if size == len(text) or not fence or (start == 0 and len(fence) >= limit // 4):
-        return text[:size], text[size:]
+        return text[:size], text[size:]  # or no room to repeat the fence
     mark = FENCE.match(fence)[1]
     size = cut_before(text, limit - len(mark) - 1, begun)
     if start > size // 2 or (start and size <= begun):  # it may fit into the next piece
@@ -4410,14 +4411,14 @@ def cut_before(text: str, limit: int, least: int = 0) -> int:
         return size
     ends = (text.rfind(mark, 0, size) + len(mark) for mark in ("\n\n", "\n", " "))
     size = next((end for end in ends if end > max(size // 2, least)), size)
-    places = range(size, max(size - 50, least), -1)
+    places = range(size, max(size - 50, least), -1)  # no emoji, with its joints, is longer
     return next((end for end in places if not joined(text, end)), size)
 
 
 def joined(text: str, at: int) -> bool:
-    """Whether the characters before and after a place are seen as one: accents, emoji, flags."""
+    """Whether the characters around a place are seen as one: accents, emoji, flags, Hangul."""
     before, after = text[at - 1], text[at]
-    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]
+    letters = re.match("[\U0001f1e6-\U0001f1ff]*", text[at - 1 :: -1])[0]  # two are a flag
     return (
         "\u200d" in (before, after)
         or unicodedata.category(after).startswith("M")
@@ -4428,7 +4429,7 @@ def joined(text: str, at: int) -> bool:
 
 
 def open_fence(text: str, at: int) -> tuple[str, int]:
-    """The line that began the code block around a place, and where; "" if there is none."""
+    """The line that began the code block around a place, and where, or "". A cut line is whole."""
     line, start = "", 0
     for match in FENCE.finditer(text[: at - 1] + text[at - 1 :].partition("\n")[0]):
         if not line:
@@ -4488,8 +4489,8 @@ def show_stats(agent: Agent, rest: str) -> str:
     done = agent.app.delivery.counts
     return (
         f"delivery: {done['enqueue']} texts taken, {done['ack']} pieces sent, "
-        f"{done['retry']} tries failed, {done['failed']} texts given up, {done['again']} put back\n"
-        f"model: {agent.app.profiles.stats()}"
+        f"{done['retry']} tries put off, {done['failed']} texts given up, {done['again']} put back"
+        f"\nmodel: {agent.app.profiles.stats()}"
     )
 
 
@@ -4497,7 +4498,7 @@ def show_stats(agent: Agent, rest: str) -> str:
 
 COOLDOWNS = (30, 60, 300)  # seconds, by failures in a row
 LONG_COOLDOWNS = (600, 1800, 3600)  # for what a person has to mend
-RETRIES = (1, 4)  # seconds before what may have passed is tried once more in a turn
+RETRIES = (1, 4)  # seconds before what may have passed is tried once more in a call
 PATIENCE = 20  # seconds that a turn waits at most when a server says how long
 MAX_TRYING = 60  # seconds after which a call is not begun again
 MAX_ATTEMPTS = 12  # at one model call
@@ -4519,8 +4520,8 @@ class FailoverReason(StrEnum):
 
 
 PASSING = {FailoverReason.RATE_LIMIT, FailoverReason.OVERLOADED, FailoverReason.TIMEOUT}
-OF_THE_KEY = {FailoverReason.AUTH, FailoverReason.BILLING}
-OF_THE_REQUEST = {FailoverReason.FORMAT, FailoverReason.OVERFLOW}
+OF_THE_KEY = {FailoverReason.AUTH, FailoverReason.BILLING}  # what all share that have the key
+OF_THE_REQUEST = {FailoverReason.FORMAT, FailoverReason.OVERFLOW}  # another one may be fine
 REASONS_BY_CODE = {
     "insufficient_quota": FailoverReason.BILLING,
     "billing_hard_limit_reached": FailoverReason.BILLING,
@@ -4563,7 +4564,7 @@ class NoProfileLeft(openai.OpenAIError):
 
 
 def classify_failure(error: BaseException) -> FailoverReason | None:
-    """Why a model call failed, by status and code, never by loose words; None for other failures.
+    """Why a model call failed, by status and code, never by loose words; None for a full disk.
 
     The codes are OpenAI's and those of servers that speak as it does.
     """
@@ -4571,7 +4572,7 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
         return FailoverReason.OVERFLOW
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return None  # of the disk: no other server can help
-    if type(error) is openai.OpenAIError and error.__cause__:
+    if type(error) is openai.OpenAIError and error.__cause__:  # what is behind "no summary"
         return classify_failure(error.__cause__)
     if isinstance(error, openai.OpenAIError) and is_overflow(error):
         return FailoverReason.OVERFLOW  # as the guard sees it
@@ -4581,13 +4582,12 @@ def classify_failure(error: BaseException) -> FailoverReason | None:
     for name in (code, str(getattr(error, "type", None) or "")):
         if name in REASONS_BY_CODE:
             return REASONS_BY_CODE[name]
-    if "'reason': 'API_KEY_INVALID'" in str(getattr(error, "body", "")):  # Gemini's is a 400
+    told = str(getattr(error, "body", error))
+    if "'reason': 'API_KEY_INVALID'" in told:  # Gemini's is a 400
         return FailoverReason.AUTH
-    if status == 403 and "'flagged_input': " in str(
-        getattr(error, "body", error)
-    ):  # OpenRouter's moderation
+    if status == 403 and "'flagged_input': " in told:  # OpenRouter's moderation
         return FailoverReason.FORMAT
-    if status == 402 and retry_after(error):  # OpenRouter's budget for what runs at one time
+    if status == 402 and retry_after(error):  # OpenRouter: no credit while others run
         return FailoverReason.RATE_LIMIT
     if status in REASONS_BY_STATUS:
         return REASONS_BY_STATUS[status]
@@ -4610,10 +4610,10 @@ def retry_after(error: BaseException) -> float:
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = headers.get(name, "")
         if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-            return min(float(text) / unit, 24 * 3600)
+            return min(float(text) / unit, LONGEST_WAIT)
         with suppress(ArithmeticError, TypeError, ValueError):
             wait = parsedate_to_datetime(text).timestamp() - time.time()
-            return min(max(wait, 0), 24 * 3600)
+            return min(max(wait, 0), LONGEST_WAIT)
     return 0
 
 
@@ -4629,7 +4629,7 @@ class AuthProfile:
     error: str = ""
     errors: int = 0  # in a row
     until: float = 0  # it rests, by the clock of the manager
-    is_told: bool = False  # by the server
+    is_told: bool = False  # a server said for how long
     calls: Counter = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -4668,21 +4668,21 @@ class ProfileManager:
                 client = client.with_options(api_key=key or "none")
             if is_other:
                 client.organization = client.project = None
-            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):
+            if not re.fullmatch(r"[!-~]* https?://[^ /]\S*", f"{key} {client.base_url}"):  # both
                 raise ValueError("a key has no blanks, a URL begins with http:// and names a host")
         except Exception as error:  # the SDK does not document what it may raise
             raise ValueError(f"the settings of profile {name} (..._{name}): {error}") from None
         return AuthProfile(name, name if key or is_other else "1", client, settings)
 
     def order(self) -> list[AuthProfile]:
-        """Those that need not rest, then those that a server did not tell to, as it ends."""
+        """Those that need not rest, then those that no server told to, the first to end first."""
         now = self.now()
         rested = [each for each in self.profiles if each.until <= now]
         resting = sorted((p for p in self.profiles if p.until > now), key=lambda each: each.until)
         return rested + [each for each in resting if not each.is_told]
 
     def wait(self, profile: AuthProfile) -> float:
-        """The seconds that a server wants a profile to rest still."""
+        """The seconds for which a server still wants a profile to rest."""
         return max(profile.until - self.now(), 0) if profile.is_told else 0
 
     def succeed(self, profile: AuthProfile) -> None:
@@ -4697,10 +4697,10 @@ class ProfileManager:
             profile.calls[str(reason)] += 1
             profile.reason, profile.error = reason, explain(error)
             if reason in OF_THE_REQUEST:
-                return  # another request may be fine
+                return
             lasts = reason in OF_THE_KEY or reason == FailoverReason.MODEL_NOT_FOUND
             table = LONG_COOLDOWNS if lasts else COOLDOWNS
-            if profile.until <= self.now() or not profile.errors:  # else it is the same outage
+            if profile.until <= self.now() or not profile.errors:  # else the same outage
                 profile.errors += 1
             told, rest = retry_after(error), table[min(profile.errors, len(table)) - 1]
             profile.until, profile.is_told = self.now() + (told or rest), bool(told)
@@ -4742,9 +4742,8 @@ class ResilienceRunner:
         What a turn has done so far stands in the history, so that no tool runs twice.
         """
         failure, last, refused, bad_keys = None, None, False, set()
-        for profile, pause in islice(self.plan(), MAX_ATTEMPTS):
-            if profile.key in bad_keys:
-                continue
+        plan = ((each, pause) for each, pause in self.plan() if each.key not in bad_keys)
+        for profile, pause in islice(plan, MAX_ATTEMPTS):
             if last or pause:
                 told = f"profile {last.name}: {last.reason}" if last else "a server wants a pause"
                 then = "again" if profile is last else f"profile {profile.name}"
@@ -4812,7 +4811,7 @@ class FailingOnce:
 
     def __init__(self, client: openai.OpenAI, error: Exception) -> None:
         self.client, self.error = client, error
-        self.chat = self.completions = self
+        self.chat = self.completions = self  # so that `create` below is found
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.client, name)
@@ -4826,7 +4825,7 @@ class FailingOnce:
 
 def simulated_error(reason: FailoverReason, client: openai.OpenAI) -> Exception:
     """What the SDK raises for a reason."""
-    import httpx
+    import httpx  # the SDK takes its responses, too
 
     request = httpx.Request("POST", f"{client.base_url}chat/completions")
     if reason == FailoverReason.TIMEOUT:
@@ -4867,7 +4866,8 @@ LANES = {"main": 4, "cron": 1, "heartbeat": 1}  # how many at a time; in any oth
 MAX_WORKERS = 32  # threads; what is ready beyond that waits
 WORKER_REST = 10  # seconds without work after which a thread ends
 DRAIN = 0.8  # seconds for what still runs when the program ends; the rest goes on at the next start
-LANE = re.compile(r"[!-~]{1,200}")
+LANE = re.compile(r"[!-~]{1,200}")  # a name
+# Commands that wait for no lane: they are for when one is stuck.
 AT_ONCE = ("/stop", "/reset", "/lanes", "/queue", "/enqueue", "/concurrency", "/generation")
 
 
@@ -4879,17 +4879,6 @@ class Stopped(KeyboardInterrupt):
     """Somebody ended this turn: /stop, or /reset."""
 
 
-class Ticket(Future):
-    """The result of a task, now or later."""
-
-    is_watched, wake = False, int
-
-    def add_done_callback(self, function: Callable[[Future], object]) -> None:
-        self.is_watched = True
-        super().add_done_callback(function)
-        self.wake()  # its thread may be on the way to call the function: another goes on
-
-
 @dataclass(eq=False, slots=True)
 class Task:
     """A call on its way through lanes; without a function, a thread that waits to go on."""
@@ -4897,8 +4886,8 @@ class Task:
     function: Callable | None = None
     arguments: tuple = ()
     ahead: deque[str] = field(default_factory=deque)  # lanes to come
-    held: dict["LaneQueue", int] = field(default_factory=dict)  # those it is in, and since when
-    future: Ticket = field(default_factory=Ticket)
+    held: dict["LaneQueue", int] = field(default_factory=dict)  # and its generation then
+    future: Future = field(default_factory=Future)
     running: bool = False
     stopped: bool = False
     is_gone: bool = False  # a reset let go of it
@@ -4958,12 +4947,13 @@ class CommandQueue:
 
     def __init__(self, has_more: Callable[[], bool] = lambda: False) -> None:
         self.has_more, self.lock = has_more, threading.RLock()
-        self.work, self.quiet = threading.Condition(self.lock), threading.Condition(self.lock)
+        self.work = threading.Condition(self.lock)  # something is ready, or may be
+        self.quiet = threading.Condition(self.lock)  # for `drain`
         self.lanes = {name: LaneQueue(name, limit, self) for name, limit in LANES.items()}
         self.kept = set(LANES)
         self.ready: deque[Task] = deque()
         self.here = threading.local()
-        self.threads = self.idle = self.starting = 0
+        self.threads = self.idle = self.starting = 0  # `starting`: begun, and not there yet
         self.closed = False
 
     def lane(self, name: str) -> LaneQueue:
@@ -4983,7 +4973,7 @@ class CommandQueue:
         return task.future
 
     def admit(self, task: Task) -> None:
-        """Send a task on its way, but not into a lane in which this thread is: it might wait."""
+        """Send a task on its way, but not into a lane of this thread: it would wait for itself."""
         mine = getattr(self.here, "task", None)
         for lane in mine.held if mine else ():
             if lane.name in task.ahead:
@@ -5008,7 +4998,7 @@ class CommandQueue:
             task.future.set_result(None)
 
     def leave(self, task: Task) -> None:
-        """Take a task out of its lanes, and let others in; it does not count since a reset."""
+        """Take a task out of its lanes, and let others in; who was let go of frees no place."""
         for lane, generation in task.held.items():
             if generation == lane.generation:
                 lane.active.discard(task)
@@ -5076,9 +5066,7 @@ class CommandQueue:
             self.here.task = None
             with self.lock:  # first the lanes are free, then the result is seen
                 self.leave(task)
-                task.future.wake = self.wake
-                if task.future.is_watched:
-                    self.wake()  # who watches may take long: another thread goes on
+                self.wake()  # who watches the future may take long: another thread goes on
             if error is None:
                 task.future.set_result(result)
             else:
@@ -5130,10 +5118,10 @@ class CommandQueue:
                 lane.generation += 1
                 lane.active -= gone
                 for task in lane.active:
-                    task.held[lane] = lane.generation
+                    task.held[lane] = lane.generation  # it waits for the next lane, in this one
             for task in gone:
                 task.stopped = task.is_gone = True
-                self.threads -= bool(task.function)  # its thread is one more than are counted now
+                self.threads -= bool(task.function)  # its thread ends with it, and counts no more
             for lane in list(self.lanes.values()):
                 self.pump(lane)
             self.wake()
@@ -5170,7 +5158,7 @@ def enqueue_message(agent: Agent, rest: str) -> str:
     if not text.strip() or not LANE.fullmatch(lane):
         raise ValueError("a lane and a message are needed, as in /enqueue main hello")
     agent.app.lanes.enqueue([lane], agent.app.think_aloud, lane, text)
-    return f"{find_lane(agent, lane)}" if lane in agent.app.lanes.lanes else f"{lane}: done"
+    return str(agent.app.lanes.lanes.get(lane, f"{lane}: done"))
 
 
 @command("/concurrency <lane> <n>", "let so many run in a lane at a time")
@@ -5200,7 +5188,7 @@ def reset_lanes(agent: Agent, rest: str) -> str:
 def stop_turns(agent: Agent, rest: str) -> str:
     lanes = agent.app.lanes
     number = lanes.stop(*([rest] if rest else list(lanes.lanes)))
-    return f"{number} tasks are stopped" if number else "nothing runs"
+    return f"{number} tasks are stopped" if number else f"nothing runs in {rest or 'any lane'}"
 
 
 # --- main ---
