@@ -519,7 +519,7 @@ def parse() -> argparse.Namespace:
     parser.error = lambda message: fail(f"{message}; options: --model NAME, --port 0 to 65535")
     parser.add_argument("--model", choices=WINDOWS, default="offline")
     parser.add_argument("--port", type=int)
-    parser.add_argument("section", nargs="?", help="a section such as s03, or check_model")
+    parser.add_argument("section", nargs="?", help="s03, check_model, or a script of yours")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if not 0 <= (given.port or 0) <= 65535:
@@ -546,8 +546,10 @@ def main() -> int:
     given = parse()
     scripts = {path.name.partition("_")[0]: path for path in sorted(SECTIONS.glob("s*_*.py"))}
     scripts["check_model"] = SECTIONS.parent / "check_model.py"
-    if given.section and given.section not in scripts:
-        fail(f"unknown section {given.section}: choose from {', '.join(scripts)}")
+    if given.section and given.section.endswith(".py"):
+        scripts[given.section] = Path(given.section)
+    if given.section and not (given.section in scripts and scripts[given.section].is_file()):
+        fail(f"unknown section {given.section}: choose from {', '.join(scripts)}, or name a script")
     port = given.port if given.port is not None else 0 if given.section else 8123
     try:
         server = serve(port)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from types import ModuleType
 from types import SimpleNamespace
 
@@ -396,10 +397,20 @@ def test_the_launcher_passes_the_exit_status_on(env: dict):
     assert "429" in done.stdout and 'You said: "three"' in done.stdout
 
 
+def test_the_launcher_runs_a_copy_of_ones_own(env: dict, tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    text = next(REPO.glob("sessions/en/s01_*.py")).read_text(encoding="utf-8")
+    mine.write_text(text.replace("answers; quit leaves.", "is mine."), encoding="utf-8")
+    done = pipe([*COMMAND, str(mine)], "hello\n", env | {"OFFLINE_PACE": "0"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "offline is mine." in done.stdout and "agent> Hello!" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "status", "word"),
     [
         (["s99"], 2, "s01"),
+        (["no_such.py"], 2, "no_such.py"),
         (["agent_loop"], 2, "s01"),
         (["../s01"], 2, "s01"),
         (["--model", "gpt-9", "s01"], 2, "offline-small"),

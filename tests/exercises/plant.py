@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> int:
     which = exercise.id if exercise else label
     print(f"{file}: {exercise.task if exercise else f'a copy of {section_of(label).name}'}")
     print(f"To check it: python -m pytest tests/exercises -k {which} --script {file}")
-    print(f"To run it, with a model in .env: WORKSPACE_DIR=workspace python {file}")
+    print(f"To run it: WORKSPACE_DIR=workspace python sessions/offline_model.py {file}")
     return 0
 
 
