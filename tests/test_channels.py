@@ -290,7 +290,8 @@ def test_an_account_that_is_gone_for_a_time(desk: Desk, telegram: FakeTelegram):
     screen = desk.start()
     say(screen, "anybody there?", "heard anybody there?")
     say(screen, "quit", "quit")
-    assert screen.wait_exit() == 0 and len(desk.model.chats) == 2
+    begun = 2 if desk.section.label >= "s10" else 1  # before the kill
+    assert screen.wait_exit() == 0 and 2 <= len(desk.model.chats) <= begun + 1
     both(desk, telegram)
     assert telegram.wait_sent(1)[0].text == "heard wait telegram"
     assert desk.feishu.wait_sent(1)[0].text == "heard wait feishu"

@@ -235,10 +235,17 @@ def test_unknown_command_says_so_and_is_not_sent(desk: Desk, line: str):
 
 @since("s03")
 def test_an_error_in_a_command_is_one_line(desk: Desk):
-    desk.server.script("brain", [brain, Error(422, body=corpora.bare("out of order")), brain])
-    printed = desk.run("say one", "/compact", "say two")
+    refusal = Error(422, body=corpora.bare("out of order"))
+    desk.server.script("brain", [brain, brain, refusal, brain])
+    printed = desk.run("say one", "say more", "/compact", "say two")
     assert one_line(printed, "[", "out of order")
-    assert contents(desk.sent()) == ["say one", "heard one", "say two"]
+    assert contents(desk.sent()) == ["say one", "heard one", "say more", "heard more", "say two"]
+
+
+@since("s03")
+def test_two_messages_are_not_made_shorter(desk: Desk):
+    assert "2 messages" in desk.run("say one", "/compact", "/compact")
+    assert len(desk.server.chats) == 1
 
 
 @since("s03")
@@ -1288,7 +1295,7 @@ def test_a_worthless_summary_replaces_nothing(desk: Desk, worthless: object):
 
 @since("s03")
 def test_a_command_survives_any_answer(desk: Desk):
-    desk.run("say one")
+    desk.run("say one", "say more")
     desk.server.script("brain", [Json200({"choices": 5}), brain], repeat=False)
     assert "heard two" in desk.run("/compact", "say two", MODEL_OPTIONS='{"stream": false}')
 
