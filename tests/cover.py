@@ -77,7 +77,10 @@ def report(found: dict[str, dict]) -> bool:
         before |= {places[line] for line in run if line in places}
     short = False
     for path in (last.path, REPO / "sessions" / "offline_model.py"):
-        data = files[path.name]
+        if not (data := files.get(path.name)):
+            print(f"\n{path.name}: no test has run it")
+            short = True
+            continue
         percent = data["summary"]["percent_covered"]
         short |= percent < GOAL
         print(f"\n{path.name}: {percent:.1f} % of {data['summary']['num_statements']} statements")
