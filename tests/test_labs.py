@@ -1,4 +1,4 @@
-"""The crash lab and the lane theatre, run as a reader runs them."""
+"""The crash lab and the lane theatre: what their commands say, with real scripts under them."""
 
 import os
 import re
