@@ -1,12 +1,25 @@
-"""Kills a running s08 at each named point, starts it again, and balances the ledger.
+"""Kills a running s08 at named points, starts it again, and balances the ledger.
 
-    python tests/crash_lab.py [--list] [--point NAME ...] [--script sessions/en/s10_concurrency.py]
+    python tests/crash_lab.py --list
+    python tests/crash_lab.py --point queued --point sent
+    python tests/crash_lab.py --script sessions/en/s10_concurrency.py
 
-Two people write to a bot of a local Telegram server. At the second question of one of them the
-process dies of SIGKILL, in the middle of a step; what comes meanwhile waits at the server. The
-script that runs is the real one with a line before its last two, which arms a trap (trap.py). The
-next start is the script itself. Exit status 1 if anything was lost, came in the wrong order, or
-came twice where that need not be.
+Two people write to a bot of a local Telegram server. At the third question the
+process dies of SIGKILL, in the middle of a step; what comes meanwhile waits at
+the server. What runs until then is the real script with a line before its last
+two, which arms a trap (trap.py). The next start is the script itself.
+
+The ledger has a row for each point, and counts pieces of text:
+
+    enqueued      what the queue took, by its journal
+    received      what arrived at Telegram, each time it did
+    twice         of these, what had arrived before: where the process cannot
+                  know whether it did, that may be
+    lost          what never arrived
+    out of order  what arrived behind something that should have come later
+
+Exit status 1 if anything was lost, came in the wrong order, or came twice where
+that need not be.
 """
 
 import argparse
@@ -16,6 +29,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +57,7 @@ PIECE = 3900  # characters: with one more of that size, a text is too long for o
 PIECES = 3  # of a long answer
 PATIENCE = 60  # seconds until something that has not come counts as missing
 AT_ONCE = 4  # worlds beside each other
+WIDTH = 80  # columns of a terminal
 TAG = re.compile(r"<(\w+)-(\d+) (\d)/\d>")
 
 
@@ -55,7 +70,8 @@ class Point:
     """A moment at which the process is killed, and what that may cost."""
 
     name: str
-    about: str
+    about: str  # for a row: up to 21 characters
+    then: str  # the rest of the sentence: what the next start does
     traps: tuple[tuple[str, str, str], ...] = ()  # one for each life
     kill_when: Callable[["World"], bool] | None = None  # to kill from outside
     twice: int = 0  # pieces that may come once more
@@ -81,33 +97,97 @@ def at(record: str, moment: str) -> tuple[str, str, str]:
 QUEUED = at("'type': 'enqueue'", "after")
 REWRITTEN = ("os.replace", "queue.jsonl", "before")
 POINTS = [
-    Point("taken", "the inbox has it, Telegram has not been told", (at("'ids': [", "after"),)),
     Point(
-        "asked", "the session has the question, no model asked", (at("'role': 'user'", "after"),)
+        "taken",
+        "the inbox has it",
+        ", Telegram has not been told; the next start answers, and drops it when it comes again",
+        (at("'ids': [", "after"),),
     ),
-    Point("streaming", "the model's first word is here", (("Channel.stream", "", "before"),)),
-    Point("answered", "the session has the answer", (at("'role': 'assistant'", "after"),)),
-    Point("half-queued", "half a record is in the queue", (at("'type': 'enqueue'", "half"),)),
-    Point("queued", "the queue has it, nothing is sent", (QUEUED,)),
-    Point("compacting", "queued; then, as the queue is rewritten", (QUEUED, REWRITTEN)),
-    Point("waiting", "a try failed, the next is to come", (at("'retry'", "after"),), spoil=refuse),
+    Point(
+        "asked",
+        "the session has it",
+        ", no model has been asked; the next start asks one",
+        (at("'role': 'user'", "after"),),
+    ),
+    Point(
+        "streaming",
+        "the model has begun",
+        ": its first word is here, and not on disk; the next start asks again",
+        (("Channel.stream", "", "before"),),
+    ),
+    Point(
+        "answered",
+        "the answer is on disk",
+        " in the session, not in the queue; the next start queues it, and asks no model",
+        (at("'role': 'assistant'", "after"),),
+    ),
+    Point(
+        "half-queued",
+        "half of it is queued",
+        ", a torn line; the next start sets that aside, and queues the session's answer",
+        (at("'type': 'enqueue'", "half"),),
+    ),
+    Point(
+        "queued",
+        "the queue has it",
+        ", nothing has been sent; the next start sends it, and asks no model",
+        (QUEUED,),
+    ),
+    Point(
+        "compacting",
+        "a start rewrites it",
+        ": the queue had it, the next start dies at that; the one after it reads the old file",
+        (QUEUED, REWRITTEN),
+    ),
+    Point(
+        "waiting",
+        "a try has failed",
+        ", the second is to come; the next start waits for the rest of the time, and tries",
+        (at("'retry'", "after"),),
+        spoil=refuse,
+    ),
     Point(
         "sending",
-        "Telegram has it, its yes is on the way",
+        "Telegram has it",
+        ", its yes is on the way; the next start sends it once more",
         kill_when=lambda world: world.has_arrived(),
         twice=1,
         spoil=hold_answer,
     ),
-    Point("sent", "the yes is here, the ack is not written", (at("'ack'", "before"),), twice=1),
-    Point("half-acked", "half an ack is written", (at("'ack'", "half"),), twice=1),
-    Point("acked", "the ack is written", (at("'ack'", "after"),)),
+    Point(
+        "sent",
+        "yes, and no ack yet",
+        ": it arrived, and that is not on disk; the next start sends it once more",
+        (at("'ack'", "before"),),
+        twice=1,
+    ),
+    Point(
+        "half-acked",
+        "half an ack is there",
+        ", a torn line; the next start sets that aside, and sends the piece once more",
+        (at("'ack'", "half"),),
+        twice=1,
+    ),
+    Point(
+        "acked",
+        "the ack is written",
+        "; the next start does not send it again",
+        (at("'ack'", "after"),),
+    ),
     Point(
         "not-noted",
-        "acked, and the inbox has not noted it",
+        "the ack, but no done",
+        ": the inbox still has the question; the next start knows its id, and sends nothing",
         (at("'done'", "never"),),
         kill_when=lambda world: world.has_arrived() and not ledger.pending(world.workspace),
     ),
-    Point("pieces", "between two pieces of a long text", (at("'ack'", "after"),), is_long=True),
+    Point(
+        "pieces",
+        "between two pieces",
+        " of a long text, the first acknowledged; the next start goes on with the second",
+        (at("'ack'", "after"),),
+        is_long=True,
+    ),
 ]
 
 
@@ -151,8 +231,9 @@ class Row:
         return LINE.format(self.point.name, *figures, self.point.about)
 
 
-LINE = "{:<12}{:>8}{:>6}{:>7}{:>6}{:>14}   {}"
-HEAD = LINE.format("killed at", "enqueued", "sent", "twice", "lost", "out of order", "").rstrip()
+LINE = "{:<12}{:>8}{:>10}{:>7}{:>6}{:>14}  {}"
+COUNTED = ("enqueued", "received", "twice", "lost", "out of order")
+HEAD = LINE.format("killed at", *COUNTED, "").rstrip()
 
 
 class Lab:
@@ -262,7 +343,7 @@ class World:
         }
 
     def run(self) -> Row:
-        """Two answers, the kill at the third, what came meanwhile, and the start after it."""
+        """Two answers, the kill at the third question, what comes meanwhile, and a new start."""
         with self.life(0) as screen:
             self.say("ada", "bob")
             self.wait(screen, self.is_quiet)
@@ -352,8 +433,8 @@ def try_out(lab: Lab, point: Point) -> Row:
 def run_all(lab: Lab, points: list[Point]) -> bool:
     """Print a row for each point. Whether all are as they should be."""
     rows, good = [], True
-    print(f"{lab.script.name}: two people, six questions, SIGKILL at the third, and a new start.")
-    print("The figures are pieces of text; twice: received twice.\n")
+    print(f"{lab.script.name}: two people, six questions, SIGKILL at the third question,")
+    print("and a new start. --list tells of the points, --help of the columns.\n")
     print(HEAD, flush=True)
     with ThreadPoolExecutor(AT_ONCE) as pool, ExitStack() as until:
         until.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -364,17 +445,22 @@ def run_all(lab: Lab, points: list[Point]) -> bool:
             print(row, *(f"- {each}" for each in complaints), sep="\n", flush=True)
             good &= not complaints
     may = sum(point.twice for point in points)
-    print(f"\n{len(rows)} kills. Lost: {sum(row.lost for row in rows)}. ", end="")
+    kills = "1 kill" if len(rows) == 1 else f"{len(rows)} kills"
+    print(f"\n{kills}. Lost: {sum(row.lost for row in rows)}. ", end="")
     print(f"Received twice: {sum(row.twice for row in rows)}, where {may} may be. ", end="")
     print(f"Out of order: {sum(row.disorder for row in rows)}.")
     return good
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="name the points, and run nothing")
-    parser.add_argument("--point", action="append", metavar="NAME", help="only this one, or these")
-    parser.add_argument("--script", type=Path, default=SCRIPT, help="s08 or later, or a copy")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="tell of the points, and run nothing")
+    about = "only this one; may be given more than once"
+    parser.add_argument("--point", action="append", metavar="NAME", help=about)
+    about = f"s08 or later, or a copy (default: {SCRIPT.name})"
+    parser.add_argument("--script", type=Path, default=SCRIPT, metavar="PATH", help=about)
     return parser.parse_args()
 
 
@@ -384,12 +470,15 @@ def choose(names: list[str] | None) -> list[Point]:
     for name in names or ():
         if name not in known:
             raise Stop(f"there is no point {name!r}; there are: {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return [known[name] for name in dict.fromkeys(names or known)]
 
 
 def list_points() -> int:
+    """Tell of each point when that is, and what the next start does."""
+    print(f"{'killed at':<14}when that is, and what the next start does")
     for point in POINTS:
-        print(f"{point.name:<12}{point.about}" + "; it may come twice" * point.twice)
+        story = f"{point.about}{point.then}" + ", so it may come twice" * point.twice
+        print(textwrap.fill(f"{point.name:<14}{story}", WIDTH, subsequent_indent=" " * 14))
     return 0
 
 

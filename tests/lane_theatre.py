@@ -1,12 +1,14 @@
-"""Shows what lanes are for: the same traffic with one lock and with lanes, as two timelines.
+"""Shows what lanes are for: the same traffic twice, as two timelines.
 
-    python tests/lane_theatre.py [--people 6] [--seconds 0.2] [--script PATH]
+    python tests/lane_theatre.py
+    python tests/lane_theatre.py --people 8 --seconds 0.5
 
-People on two Telegram bots, Feishu and the web chat ask two questions each, all at once, while a
-heartbeat is on its way and a job of CRON.json is started. With one lock is s09, where whoever is
-answered holds `Lane`, and all others wait; with lanes is s10. Both run as they are. What is drawn
-was measured outside of them: when a question was asked, and when the model server, which takes a
-fixed time for each answer, was asked it and had answered.
+People on two Telegram bots, Feishu and the web chat ask two questions each, all
+at once, while a heartbeat is on its way and a job of CRON.json is started. s09
+has one lock: who is answered holds `Lane`, all others wait. s10 has lanes. Both
+run as they are. What is drawn was measured outside of them: when a question was
+asked, and when the model server, which takes a fixed time for each answer, was
+asked it and had answered.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,7 +38,8 @@ PLACES = ["telegram", "telegram", "feishu", "web"]  # in the order of soak's peo
 ON = ["[telegram default] on", "[telegram work] on", "[feishu default] on", "[web default] on"]
 HEARTBEAT, JOB = "heartbeat", "cron"
 QUESTIONS = 2  # of each person
-COLUMNS = 76
+COLUMNS = 64  # and 16 for the names
+SHORTEST, LONGEST = 0.01, 10  # seconds for an answer
 PATIENCE = 60  # seconds beyond those that the answers take
 
 
@@ -72,11 +76,15 @@ class Stage(soak.World):
         last = next(m["content"] for m in reversed(body["messages"]) if m["role"] == "user")
         turn = self.turns[HEARTBEAT if "HEARTBEAT.md" in last else last.split()[-1]]
         turn.began = time.monotonic()
-        time.sleep(self.seconds)
+        self.think()
         with self.changed:
             turn.ended = time.monotonic()
             self.changed.notify_all()
         return Text("HEARTBEAT_OK" if turn is self.turns[HEARTBEAT] else f"re {last}")
+
+    def think(self) -> None:
+        """Take the time of an answer."""
+        time.sleep(self.seconds)
 
     def ask(self, person: soak.Person) -> None:
         """One person's questions, the second right behind the first."""
@@ -126,7 +134,7 @@ class Timeline:
     """What was measured in one run, with the figures that sum it up."""
 
     def __init__(self, title: str, stage: Stage):
-        self.title, self.peak = title, stage.models[0].peak
+        self.title = title
         self.rows: dict[str, list[Turn]] = {}
         for person, place in zip(stage.people, PLACES * 2, strict=False):
             turns = [
@@ -147,7 +155,23 @@ class Timeline:
             moments = [self.begin + column * (number + 0.5) for number in range(COLUMNS)]
             lines.append(f"{name:<16}{''.join(mark(turns, at) for at in moments)}".rstrip())
         waits = f"{self.median:.2f} s (median), {self.longest:.2f} s (longest)"
-        return "\n".join([*lines, f"questions waited {waits}; model calls at a time: {self.peak}"])
+        lines += [f"questions waited {waits}", f"model calls at a time: {self.peak()}"]
+        return "\n".join(lines)
+
+    def peak(self) -> str:
+        """How many turns ran at the moment when most did, and in which lanes."""
+        turns = [(lane_of(name), turn) for name, turns in self.rows.items() for turn in turns]
+        moments = [
+            Counter(lane for lane, turn in turns if turn.began <= other.began < turn.ended)
+            for _, other in turns
+        ]
+        most = max(moments, key=Counter.total)
+        lanes = ", ".join(f"{lane} {count}" for lane, count in most.items())
+        return f"{most.total()} ({lanes})" if most.total() > 1 else "1"
+
+
+def lane_of(row: str) -> str:
+    return row if row in (HEARTBEAT, JOB) else "main"
 
 
 def mark(turns: list[Turn], at: float) -> str:
@@ -171,14 +195,15 @@ def perform(title: str, script: Path, people: int, seconds: float) -> Timeline:
 def show_both(people: int, seconds: float, script: Path) -> int:
     """Play the traffic twice, and print what came of it."""
     source_of(script, "CommandQueue", "s10")
-    print(f"{people} people, {QUESTIONS} questions each, {seconds:g} s for an answer", flush=True)
+    who = "1 person" if people == 1 else f"{people} people"
+    print(f"{who}, {QUESTIONS} questions each, {seconds:g} s for an answer", flush=True)
     lock = perform(f"one lock, {LOCK.name}", LOCK, people, seconds)
     lanes = perform(f"lanes, {script.name}", script, people, seconds)
     column = max(lock.seconds, lanes.seconds) / COLUMNS
-    print(f"a column is {column:.2f} s; # runs, . waits")
+    print(f"a column is {column:.2f} s; # runs, . waits; below the people: the agent's own tasks")
     for timeline in (lock, lanes):
         print(f"\n{timeline.draw(column)}")
-    print(f"\none lock takes {lock.seconds / lanes.seconds:.1f} times as long; ", end="")
+    print(f"\none lock takes {lock.seconds / lanes.seconds:.1f} times as long;")
     print(f"questions wait {lock.median / lanes.median:.1f} times as long (median), ", end="")
     print(f"{lock.longest / lanes.longest:.1f} times (longest)")
     return 0
@@ -195,16 +220,21 @@ def seconds_of(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0.01 <= seconds <= 10:
-        raise argparse.ArgumentTypeError(f"a number from 0.01 to 10, not {text!r}")
+    if not SHORTEST <= seconds <= LONGEST:
+        raise argparse.ArgumentTypeError(f"a number from {SHORTEST} to {LONGEST}, not {text!r}")
     return seconds
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--people", type=people_of, default=6, metavar="N")
-    parser.add_argument("--seconds", type=seconds_of, default=0.2, help="for each answer")
-    parser.add_argument("--script", type=Path, default=LANES, help="s10, or a copy")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    about = f"how many ask, 1 to {len(NAMES)} (default: %(default)s)"
+    parser.add_argument("--people", type=people_of, default=6, metavar="N", help=about)
+    about = f"for each answer, {SHORTEST} to {LONGEST} (default: %(default)s)"
+    parser.add_argument("--seconds", type=seconds_of, default=0.2, metavar="S", help=about)
+    about = f"s10, or a copy (default: {LANES.name})"
+    parser.add_argument("--script", type=Path, default=LANES, metavar="PATH", help=about)
     given = parser.parse_args()
     script = given.script.resolve()
     return run_as_command(lambda: show_both(given.people, given.seconds, script))
