@@ -18,10 +18,10 @@
 Each check gets a mark; what marks other than ok mean is told below the table. Of several servers
 (section 9) it checks the first.
 
-It costs about a dozen requests, some 5,000 tokens in all, and at most eight requests more where a
+It costs about a dozen requests, some 4,000 tokens in all, and at most eight requests more where a
 server fails. --context adds one of about nine tenths of CONTEXT_TOKENS: with 128000 some 115,000
 tokens, which cost money or, on a machine of your own, minutes. A server that falls silent costs
-MODEL_TIMEOUT seconds at a time; 60 at most if its first answer came within two.
+MODEL_TIMEOUT seconds at a time, but not over 60 if its first answer came within 2.
 
 The exit status is 0 if every section can be run, else 1; 2 for a wrong option.
 """
@@ -180,13 +180,15 @@ class Probe:
 
     def change(self, change: dict) -> None:
         """Go on with other settings; one that is None goes."""
+        gone = [key for key, value in change.items() if value is None]
         settings = self.agent.settings | change
-        self.agent.settings = {key: value for key, value in settings.items() if value is not None}
+        self.agent.settings = {key: settings[key] for key in settings if key not in gone}
 
     def keep_settings(self) -> None:
         """Put the settings that helped among the lines for .env."""
-        defaults = {"model": self.agent.settings["model"], "stream": True}
-        options = dict(self.agent.settings.items() - defaults.items())
+        options = {key: value for key, value in self.agent.settings.items() if key != "model"}
+        if options["stream"] is True:
+            del options["stream"]
         self.lines["MODEL_OPTIONS"] = f"'{json.dumps(options)}'"
 
 
@@ -251,7 +253,7 @@ def check_reachable(probe: Probe) -> Found:
     except (openai.APIConnectionError, openai.AuthenticationError) as error:
         return "no", S02.explain(error)
     except (openai.APIStatusError, ValueError):
-        better = url.rstrip("/").removesuffix("/v1") + "/v1"
+        better = url.rstrip("/") + "/v1"
         with suppress(openai.OpenAIError, ValueError):
             list_models(probe.client.with_options(base_url=better))
             probe.lines["OPENAI_BASE_URL"] = better
@@ -356,7 +358,7 @@ def check_number(probe: Probe) -> Found:
     values = [arguments[key] for key in ("offset", "limit", "timeout") if key in arguments]
     wrong = [value for value in values if type(value) is not int]
     if wrong:
-        return "but", f"an argument that is a number came as {quote(wrong[0])}"
+        return "but", f"an argument that is a number came as {repr(wrong[0])[:60]}"
     return "ok", "it came as a number" if values else "none came, and none has to"
 
 
@@ -438,10 +440,8 @@ def check_embeddings(probe: Probe) -> Found:
     """The vectors of section 6, in the time that it grants."""
     model = os.getenv("EMBEDDING_MODEL", "").strip()
     if not model:
-        return (
-            "ok",
-            "EMBEDDING_MODEL is not set: section 6 compares pieces of three letters instead",
-        )
+        unset = "EMBEDDING_MODEL is not set"
+        return "ok", f"{unset}: section 6 compares pieces of three letters instead"
     create = probe.client.with_options(timeout=10).embeddings.create
     try:
         reply = create(input=["cat", "dog"], model=model, encoding_format="float")
@@ -546,9 +546,8 @@ def run_checks(probe: Probe, checks: dict[str, tuple[Callable, int]]) -> Finding
     findings, failed = [], []
     for name, (check, section) in checks.items():
         S02.show(f"{name:<17}")  # before it runs: it may take long
-        causes = [
-            cause for cause in failed if cause in ("reachable", "plain answer", NEEDS.get(name))
-        ]
+        needed = ("reachable", "plain answer", NEEDS.get(name))
+        causes = [cause for cause in failed if cause in needed]
         if causes:
             mark, text = "skipped", f"because of: {causes[0]}"
         else:
@@ -600,7 +599,7 @@ def report(probe: Probe, findings: Findings) -> int:
     S02.show(f"\n{len(probe.replies)} requests, about {probe.sent:,} tokens sent.\n")
     if probe.failures:
         kinds = ", ".join(sorted(set(probe.failures)))
-        show_row("", f"{len(probe.failures)} failed, and were made again: {kinds}.")
+        show_row("", f"Failed, and made again: {len(probe.failures)} ({kinds}).")
     return int(not all(text.startswith("yes") for text in verdicts))
 
 
@@ -617,27 +616,31 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(folder: Path, with_context: bool) -> int:
-    """Check the configured server, with a workspace in a folder. Returns the exit status."""
-    S02.NO_MODEL, S02.MAX_ROUNDS = S02.NO_MODEL.replace("s02", "check_model"), ROUNDS
+def load_probe(folder: Path) -> Probe:
+    """The server that .env describes. Exits with a section's own line if it does not."""
+    S02.NO_MODEL = S02.NO_MODEL.replace("s02", "check_model")
+    S02.MAX_ROUNDS = ROUNDS
     agent, window = S02.load_agent(), os.getenv("CONTEXT_TOKENS") or "128000"
     if not re.fullmatch("[0-9]{1,8}", window):
         sys.exit(f"CONTEXT_TOKENS must be a number of tokens, not {window!r}")
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     agent = replace(agent, workspace=folder, approval="never", show=lambda text: None)
-    probe = Probe(agent, S03.ContextGuard(int(window)).window)
+    return Probe(agent, S03.ContextGuard(int(window)).window)
+
+
+def run(probe: Probe, with_context: bool) -> int:
+    """Check a server. Returns the exit status."""
     cost = f", one of about {probe.window * 9 // 10:,} tokens" if with_context else ""
-    target = f"{agent.settings['model']} at {agent.client.base_url}"
+    target = f"{probe.agent.settings['model']} at {probe.client.base_url}"
     show_row("", f"a dozen small requests{cost}, to {target}")
     S02.show("\n")
     checks = CHECKS | ({"context": (probe_context, 3)} if with_context else {})
     try:
-        findings = run_checks(probe, checks)
-    except SystemExit:  # Ctrl-C, in the middle of a line
+        return report(probe, run_checks(probe, checks))
+    except SystemExit:  # Ctrl-C, perhaps in the middle of a line
         S02.show("\n")
         raise
-    return report(probe, findings)
 
 
 def main() -> int:
@@ -645,7 +648,7 @@ def main() -> int:
     given = parse()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return run(Path(folder).resolve(), given.context)
+            return run(load_probe(Path(folder).resolve()), given.context)
     except BrokenPipeError:  # `| head` has read enough, and what is left has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
