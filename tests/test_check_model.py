@@ -1,6 +1,7 @@
 """Will my model work: the verdicts agree with what the sections do on the same server."""
 
 import io
+import itertools
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from types import ModuleType
+from types import SimpleNamespace
 
 import corpora
 import pytest
@@ -162,6 +164,8 @@ def test_the_offline_model_runs_it(env: dict):
     report = by_process([*OFFLINE, "check_model"], env | {"OFFLINE_PACE": "0"})
     assert report.status == 0
     assert [*report.verdicts] == LABELS
+    told = report.checks["plain answer"][1]
+    assert told.startswith("an answer came: 'You said: ") and told.endswith("...'")
     assert report.verdicts.pop("s03").startswith(UNKNOWN_WINDOW)
     assert set(report.verdicts.values()) == {"yes"}
     assert not report.lines
@@ -360,7 +364,7 @@ def test_ctrl_c(fake_model: FakeModel):
     env = serve(fake_model, lambda body: Gate(gate))
     with Screen(SCRIPT, env) as screen:
         fake_model.wait(1)
-        assert screen.text.rstrip().endswith("plain answer"), "no name before the check has ended"
+        screen.wait_for("plain answer")  # its name, though it has not ended
         screen.press("ctrl-c")
         assert screen.wait_exit() == 130
         assert "Traceback" not in screen.text
@@ -409,6 +413,18 @@ def test_silence(
     else:
         assert report.status == 0
         assert "this run" not in report.text
+
+
+def test_an_answer_without_end(
+    module: ModuleType, fake_model: FakeModel, run: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    """By this clock, an hour passes between two chunks, though none is late for the socket."""
+    clock = SimpleNamespace(monotonic=itertools.count(step=3600).__next__, sleep=lambda pause: None)
+    monkeypatch.setattr(module, "time", clock)
+    report = run(serve(fake_model))
+    told = "unclear: Request timed out. - the answer still came after 180 s"
+    assert report.verdicts["s01"].startswith(told)
+    assert len(fake_model.chats) == 2
 
 
 # --- servers that want or refuse something ---
