@@ -72,6 +72,18 @@ MARKS = {
     "unclear": "this run could not tell",
     "skipped": "not checked, as an earlier check failed",
 }
+NESTED = {
+    "guests": {"type": "integer"},
+    "outside": {"type": "boolean"},
+    "guest": {"type": "object", "properties": {"name": {"type": "string"}}},
+    "wishes": {"type": "array", "items": {"type": "string"}},
+}
+BOOK = {
+    "name": "book_table",
+    "description": "Book a table.",
+    "parameters": {"type": "object", "properties": NESTED, "required": [*NESTED]},
+}
+TYPES = {"guests": int, "outside": bool, "guest": dict, "wishes": list}
 Found = tuple[str, str]  # ok or one of MARKS, and a text
 Findings = list[tuple[int, str, str]]  # with the section whose verdict it belongs to
 
@@ -362,6 +374,20 @@ def check_number(probe: Probe) -> Found:
     return "ok", "it came as a number" if values else "none came, and none has to"
 
 
+def check_nested(probe: Probe) -> Found:
+    """Arguments of all kinds, as tools of your own may have them; no section needs more."""
+    text = "Book a table outside for 4 guests in Ada's name. Her wishes: a quiet place, a window."
+    message, _ = probe.ask([user(text)], S02, [{"type": "function", "function": BOOK}])
+    if not message.get("tool_calls"):
+        return "unclear", f"no section needs them; {no_call(message['content'])}"
+    arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])
+    wrong = [key for key, kind in TYPES.items() if type(arguments.get(key)) is not kind]
+    if wrong:
+        told = f"missing, or of another type: {', '.join(wrong)}"
+        return "but", f"no section needs them; {told}"
+    return "ok", "a number, a truth value, an object and a list came as such"
+
+
 def check_summary(probe: Probe) -> Found:
     """A summary as section 3 asks for it, and the server's count of tokens."""
     talk = "user: my cat is Miso\nassistant: Noted.\nuser: my dog is Rex\nassistant: Noted."
@@ -514,6 +540,7 @@ CHECKS = {
     "tool call": (check_tool, 2),
     "parallel calls": (check_parallel, 2),
     "number argument": (check_number, 2),
+    "nested arguments": (check_nested, 11),  # of no section
     "summary": (check_summary, 3),
     "context": (check_context, 3),
     "system prompt": (check_system, 6),
@@ -521,7 +548,7 @@ CHECKS = {
     "two at once": (check_lanes, 10),
     "oddities": (check_oddities, 2),
 }
-NEEDS = {"parallel calls": "tool call", "number argument": "tool call"}
+NEEDS = dict.fromkeys(("parallel calls", "number argument", "nested arguments"), "tool call")
 
 
 def run_check(probe: Probe, check: Callable) -> Found:
