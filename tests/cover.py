@@ -6,7 +6,8 @@ python tests/cover.py -k lanes     what pytest takes
 It counts the lines of the last section and of the offline model, which are to be run to 95 %. A
 line of the last section is listed as run before if a test ran it where it stands first: on later
 sections most tests run in samples. The rest has its reason in LEFT_OUT, by function. A process that
-a test kills counts for nothing.
+a test kills counts for nothing. Some tests fail here, as they let no file grow, coverage's neither,
+or look at all that is in an environment: the exit status tells of the lines alone.
 """
 
 import ast
@@ -45,14 +46,14 @@ NO_REASON = "no test gets there"
 
 
 def main() -> int:
-    """Run, count and list. Returns 1 if the suite failed or covers less than the goal."""
+    """Run, count and list. Returns 1 if the suite covers less than the goal."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = folder / "settings"
         settings.write_text(SETTINGS.format(folder=folder, repo=REPO), encoding="utf-8")
         tool = [sys.executable, "-m", "coverage"]
         suite = [*tool, "run", f"--rcfile={settings}", "-m", "pytest", "-q", *sys.argv[1:]]
-        failed = subprocess.run(suite, cwd=REPO).returncode
+        subprocess.run(suite, cwd=REPO)
         # What a test let no file grow to is no data; combine tells of it and goes on.
         combine = [*tool, "combine", "-q", f"--rcfile={settings}"]
         subprocess.run(combine, cwd=REPO, stderr=subprocess.DEVNULL)
@@ -63,7 +64,7 @@ def main() -> int:
             check=True,
         )
         found = json.loads(output.read_text(encoding="utf-8"))["files"]
-    return int(bool(failed) | report(found))
+    return int(report(found))
 
 
 def report(found: dict[str, dict]) -> bool:
