@@ -133,6 +133,7 @@ class Probe:
         self.failures: list[str] = []
         self.models: list[dict] = []
         self.lines: dict[str, str] = {}  # for .env
+        self.near = ""  # a model with a name like that of one that is not listed
         self.refusal = ""  # why a setting had to be changed in this check
         self.sent = self.counted = 0  # tokens: of all requests, of the last by the server's count
 
@@ -274,7 +275,8 @@ def check_reachable(probe: Probe) -> Found:
     names = [str(model.get("id")) for model in probe.models]
     if not names or name in names:
         return "ok", url
-    near = difflib.get_close_matches(str(name), names, 3, 0.4) or names[:3]
+    near = difflib.get_close_matches(str(name), names, 3, 0.4)
+    probe.near, near = "".join(near[:1]), near or names[:3]
     return "ok", f"{url}; it does not list {name}, but {', '.join(near)}"
 
 
@@ -558,6 +560,8 @@ def run_check(probe: Probe, check: Callable) -> Found:
         found = check(probe)
     except FAILURES as error:
         probe.agent.settings = before
+        if isinstance(error, openai.NotFoundError) and probe.near:
+            probe.lines["MODEL_ID"] = probe.near
         # A bare OpenAIError is the section's own: it cannot use what the server has sent.
         useless = type(error) is openai.OpenAIError and probe.is_lasting(error)
         told, probe.refusal = probe.refusal or S02.explain(error), ""

@@ -535,6 +535,9 @@ def run_section(script: Path, arguments: list[str], model: str, url: str) -> int
     env |= {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": url, "MODEL_ID": model}
     direct = f"127.0.0.1,{env.get('no_proxy', env.get('NO_PROXY', ''))}"
     env |= {"NO_PROXY": direct, "no_proxy": direct}
+    for name in ("ALL_PROXY", "all_proxy"):  # the SDK wants a package for these, even unused
+        if env.get(name, "").startswith("socks"):
+            del env[name]
     signal.signal(signal.SIGINT, lambda *_: None)
     child = subprocess.Popen([sys.executable, str(script), *arguments], env=env)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())

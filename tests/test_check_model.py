@@ -316,6 +316,7 @@ def test_wrong_model(offline: Offline, run: Callable):
     assert "it does not list offlin, but offline" in report.checks["reachable"][1]
     assert report.verdicts["s01"].startswith("no: Error code: 404")
     assert report.verdicts["s02"] == "no: as s01"
+    assert report.lines == {"MODEL_ID": "offline"}
 
 
 def test_an_empty_list_of_models(fake_model: FakeModel, run: Callable):

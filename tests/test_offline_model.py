@@ -397,6 +397,13 @@ def test_the_launcher_passes_the_exit_status_on(env: dict):
     assert "429" in done.stdout and 'You said: "three"' in done.stdout
 
 
+def test_the_launcher_needs_no_proxy(env: dict):
+    """To this machine; httpx wants a package for a SOCKS proxy, used or not."""
+    proxies = {"ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "socks5h://127.0.0.1:9"}
+    done = pipe([*COMMAND, "s01"], "hello\n", env | proxies | {"OFFLINE_PACE": "0"})
+    assert (done.returncode, done.stderr) == (0, "") and "agent> Hello!" in done.stdout
+
+
 def test_the_launcher_runs_a_copy_of_ones_own(env: dict, tmp_path: Path):
     mine = tmp_path / "mine.py"
     text = next(REPO.glob("sessions/en/s01_*.py")).read_text(encoding="utf-8")

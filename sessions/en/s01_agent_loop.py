@@ -163,7 +163,7 @@ def main() -> int:
             text = input("you> ")
             if not sys.stdin.isatty():
                 print(text)  # a pipe does not echo
-            if text.strip() in ("quit", "exit"):
+            if text.strip() in ("quit", "exit", "/quit"):
                 break
             if text.startswith("/"):  # a mistyped command is no question
                 print(f"{text.split()[0]} is no command; start with a space to say it anyway")

@@ -991,7 +991,7 @@ def main() -> int:
             text = input("you> ")
             if not sys.stdin.isatty():
                 print(text)  # a pipe does not echo
-            if text.strip() in ("quit", "exit"):
+            if text.strip() in ("quit", "exit", "/quit"):
                 break
             if run_command(agent, text):
                 continue

@@ -4100,7 +4100,7 @@ def main() -> int:
             text = app.cli.read()
             if not sys.stdin.isatty():
                 print(text)  # a pipe does not echo
-            if text.strip() in ("quit", "exit"):
+            if text.strip() in ("quit", "exit", "/quit"):
                 break
             if app.command(text):
                 continue

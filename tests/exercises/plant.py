@@ -3,6 +3,8 @@
 python tests/exercises/plant.py                     what there is
 python tests/exercises/plant.py s04 inbox mine.py   s04 with that defect
 python tests/exercises/plant.py s04 mine.py         s04 as it is, to add something to
+
+The checks need pytest: pip install -q -r tests/requirements.txt
 """
 
 import ast
@@ -91,16 +93,15 @@ def write(target: Path, text: str) -> None:
 
 
 def show_list() -> None:
-    """Print what can be planted, each with what a user would say about it."""
+    """Print the exercises, a defect to find with what a user would say about it."""
     print(__doc__)
     for exercise in exercises():
-        if exercise.is_planted:
-            print(f"{exercise.label} {exercise.name}: {exercise.task}")
+        print(f"{exercise.label} {exercise.name}: {exercise.task}")
 
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say. Returns the exit status."""
-    if not arguments:
+    if not arguments or arguments[0] in ("-h", "--help"):
         show_list()
         return 0
     if len(arguments) not in (2, 3):
