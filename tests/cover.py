@@ -38,13 +38,31 @@ copies =
     {repo}/sessions
     */copy/sessions
 """
+FULL = "a full disk"  # on which coverage cannot write either
 LEFT_OUT = {
     "Channel.start": "abstract",
     "Channel.send": "abstract",
     "kill": "Windows",
     "lock_workspace": "Windows",
+    "typed_line": "no readline",
+    "local_zone": "no local zone",
+    "App.recall": FULL,
+    "App.think_aloud": FULL,
+    "CronService.run": FULL,
+    "DeliveryQueue.change": FULL,
+    "DeliveryRunner.work": FULL,
+    "HeartbeatRunner.run": FULL,
+    "MemoryStore.search": FULL,
+    "MemoryStore.sync": FULL,
+    "force_agent": FULL,
+    "FeishuChannel.call": "a rate limit",
+    "GatewayServer.rpc_send": "100 that wait",
+    "Inbox.put": "1,000 records",
+    "MemoryStore.fill": "an odd server",
+    "MemoryStore.forget_others": "another model",
+    "TelegramChannel.take": "a broken update",
 }
-NO_REASON = "no test gets there"
+NO_REASON = "not provoked"
 
 
 def main() -> int:

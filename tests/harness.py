@@ -547,6 +547,10 @@ class Screen:
 
     def close(self) -> None:
         """End everything this screen has started."""
+        if "COVERAGE_PROCESS_CONFIG" in os.environ and not self.ended:  # which writes at a SIGTERM
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.kill(self.pid, signal.SIGTERM)
+                self.process.wait(3)
         self.kill()
         self._reader.join(1)
         if not self._reader.is_alive():
