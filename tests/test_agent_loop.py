@@ -489,6 +489,14 @@ def test_answers_that_are_no_http(section: Section, env: dict):
         assert run.shown[f"after {name}"] == "good"
 
 
+@since("s01")
+@pytest.mark.parametrize("body", [{"detail": "no such route"}, [{"error": "no such route"}]])
+def test_an_error_of_any_shape_is_told(section: Section, fake_model: FakeModel, body: object):
+    fake_model.script("m", [Error(404, body=body)])
+    done = pipe(section, "hello\n", fake_model.env("m"))
+    assert "no such route" in done.stdout and "check MODEL_ID" in done.stdout
+
+
 @since("s01", until="s08")  # from s09 on such a turn is tried again, in the open
 def test_a_server_that_is_down_is_named(section: Section, env: dict):
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -439,6 +439,16 @@ def test_a_disk_that_fills_up_behind_an_answer(desk: Desk):
 IMPORTED = re.compile(r"\| +(\w+)", re.M)
 
 
+@since("s04")
+def test_no_part_of_a_key_is_shown(section, monkeypatch):
+    """Not its first half either, where a line is cut; and blanks are no key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-1234")
+    monkeypatch.setenv("OTHER_API_KEY", " " * 12)
+    explain = section.module.explain
+    assert "sk-" not in explain(OSError("x" * 290 + " sk-very-secret-1234"))
+    assert explain(OSError("no disk")) == "no disk"
+
+
 def listening(pid: int) -> list[str]:
     """The local addresses a process listens at, as the kernel writes them."""
     sockets = set()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import corpora
@@ -1017,3 +1018,14 @@ def test_new_lines_in_a_file_with_others(section: Section, fake_model: FakeModel
     fake_model.script("m", [ToolCalls([first]), ToolCalls([second]), Text("done")])
     pipe(section, "go\n", fake_model.env("m"))
     assert (workspace / "f").read_bytes() == b"a\r\nd\r\n"
+
+
+@since("s02")
+def test_an_error_without_words_is_told_by_its_kind(section, monkeypatch):
+    def fail(agent: object, command: str) -> str:
+        raise ValueError
+
+    monkeypatch.setitem(section.module.TOOL_HANDLERS, "bash", fail)
+    call = {"id": "1", "function": {"name": "bash", "arguments": '{"command": "ls"}'}}
+    agent = SimpleNamespace(show=lambda text: None)
+    assert section.module.run_tool(agent, call) == "error: ValueError"
