@@ -34,8 +34,9 @@ from fake_model import ToolCalls
 from fake_model import embeddings
 from fake_telegram import FakeTelegram
 from harness import since
-from test_telegram import GROUP
-from test_telegram import Post
+
+from first.test_telegram import GROUP
+from first.test_telegram import Post
 
 PROMPT = "you> "
 TODAY = date(2026, 11, 22)

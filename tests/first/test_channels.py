@@ -13,13 +13,14 @@ from pathlib import Path
 
 import harness
 import pytest
-import test_feishu
 from fake_feishu import FakeFeishu
 from fake_telegram import FakeTelegram
 from harness import since
-from test_feishu import Desk
-from test_feishu import lines
-from test_feishu import wait_until
+
+from first import test_feishu
+from first.test_feishu import Desk
+from first.test_feishu import lines
+from first.test_feishu import wait_until
 
 desk, sealing = test_feishu.desk, test_feishu.sealing
 OTHER_TOKEN = "654321:other-token"

@@ -10,8 +10,9 @@ from browser import Browser
 from browser import find
 from fake_model import FakeModel
 from harness import since
-from test_gateway import Client
-from test_gateway import Desk
+
+from first.test_gateway import Client
+from first.test_gateway import Desk
 
 pytestmark = pytest.mark.skipif(not find(), reason="needs Chromium")
 CONNECTED = "document.querySelector('#state').dataset.state === 'connected'"

@@ -18,7 +18,6 @@ from zoneinfo import ZoneInfo
 
 import harness
 import pytest
-import test_telegram
 from cronsim import CronSim
 from fake_model import Error
 from fake_model import FakeModel
@@ -27,10 +26,12 @@ from fake_model import Stall
 from fake_model import Text
 from harness import Screen
 from harness import since
-from test_telegram import PROMPT
-from test_telegram import Post
-from test_telegram import drawn
-from test_telegram import lines_with
+
+from first import test_telegram
+from first.test_telegram import PROMPT
+from first.test_telegram import Post
+from first.test_telegram import drawn
+from first.test_telegram import lines_with
 
 post, telegram = test_telegram.post, test_telegram.telegram  # fixtures
 
