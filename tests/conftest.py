@@ -36,9 +36,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(allowed(0)) + 1
 
 
+def is_below_first(path: Path) -> bool:
+    return path.is_relative_to(FIRST)
+
+
 def sections_for(test: pytest.Item) -> list[harness.Section]:
     """The ladder that a test is about: those below tests/first have one of their own."""
-    return FIRST_SECTIONS if test.path.is_relative_to(FIRST) else NEXT_SECTIONS
+    return FIRST_SECTIONS if is_below_first(test.path) else NEXT_SECTIONS
 
 
 def wanted(test: pytest.Item, every: bool = True) -> list[harness.Section]:
@@ -75,10 +79,10 @@ def has_no_case(item: pytest.Item) -> bool:
     return "section" in item.fixturenames and not wanted(item)
 
 
-def first_is_named(config: pytest.Config) -> bool:
+def names_first(config: pytest.Config) -> bool:
     """Whether the command line names tests/first, or something in it."""
     paths = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
-    return any(path.resolve().is_relative_to(FIRST) for path in paths)
+    return any(is_below_first(path.resolve()) for path in paths)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -88,12 +92,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     takes long begins first, so that no worker is left alone with it in the end.
     """
     items.sort(key=lambda item: not item.get_closest_marker("costly"))
-    whole_first = first_is_named(config)
+    whole_first = names_first(config)
     whole_last = config.getoption("--every-section")
     seen: dict[tuple, int] = {}
     kept, left_out = [], []
     for item in items:
-        is_guard = item.get_closest_marker("guard") or not item.path.is_relative_to(FIRST)
+        is_guard = item.get_closest_marker("guard") or not is_below_first(item.path)
         if has_no_case(item) or not (is_guard or whole_first):
             left_out.append(item)
             continue
@@ -131,7 +135,9 @@ def section(request: pytest.FixtureRequest) -> harness.Section:
 @pytest.fixture
 def whole(request: pytest.FixtureRequest, section: harness.Section) -> bool:
     """Whether a test of many rounds runs them all here; if not, some of them will do."""
-    return request.config.getoption("--every-section") or is_first(request.node)
+    config, test = request.config, request.node
+    is_mere_guard = is_below_first(test.path) and not names_first(config)
+    return config.getoption("--every-section") or (is_first(test) and not is_mere_guard)
 
 
 @pytest.fixture

@@ -1126,6 +1126,7 @@ def test_who_was_let_go_leaves_the_session_alone(office: Office):
     office.down()
 
 
+@pytest.mark.guard
 @since("s10")
 def test_ctrl_c_while_turns_run_loses_nothing(office: Office, workspace: Path):
     """The next start goes on: each question is answered once, and no tool runs again."""

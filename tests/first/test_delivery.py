@@ -1065,6 +1065,7 @@ def test_simulated_failures_and_a_flood(post: Post):
         say_command(screen, "/stats", "2 texts taken, 2 pieces sent, 2 tries put off")
 
 
+@pytest.mark.guard
 @since("s08")
 @pytest.mark.parametrize("up", [True, False], ids=["sent", "not sent"])
 def test_a_crash_between_the_queue_and_the_inbox(post: Post, up: bool):
@@ -1114,6 +1115,7 @@ def test_a_kill_between_two_pieces(post: Post):
     assert told in (pieces, [*pieces[:before], *pieces[before - 1 :]])
 
 
+@pytest.mark.guard
 @since("s08")
 def test_a_full_disk(post: Post):
     """One line says so, the terminal goes on, and with room again all has its answer."""

@@ -57,6 +57,7 @@ def widest(text: str) -> int:
     return max(map(len, text.splitlines()))
 
 
+@pytest.mark.guard
 @since("s08")
 def test_the_ledger_is_balanced(section: harness.Section, whole: bool, run: Callable):
     points = list(BALANCED) if whole else ["sent"]

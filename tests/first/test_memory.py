@@ -153,6 +153,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- keeping ---
 
 
+@pytest.mark.guard
 @since("s06")
 def test_a_note_is_on_disk_when_the_model_hears_of_it(desk):
     gate = threading.Event()
@@ -622,6 +623,7 @@ def test_notes_come_up_by_themselves_when_they_fit(desk):
     assert PARCEL in said and not any(KIOSK in text for text in said)
 
 
+@pytest.mark.guard
 @since("s06")
 def test_notes_do_not_come_up_in_a_group(section, workspace, fake_model):
     with FakeTelegram("123456:secret-token") as telegram:

@@ -1519,6 +1519,7 @@ def trigger(screen: Screen, name: str) -> None:
     screen.type(f"/cron-trigger {name}\n")
 
 
+@pytest.mark.guard
 @since("s07")
 @pytest.mark.costly
 def test_a_job_that_kill_cut_off_does_not_run_again(
@@ -1693,6 +1694,7 @@ def test_owner_says_who_it_is(post: Post):
         assert post.told(42)[-1] == "this is news" and len(post.told(43)) == 2
 
 
+@pytest.mark.guard
 @since("s07")
 def test_a_kill_before_it_is_sent_loses_nothing(post: Post):
     write_jobs(post.workspace, idle("news"))
