@@ -16,19 +16,6 @@ from pathlib import Path
 import check_steps
 from harness import Section
 
-HEADINGS = [
-    "The problem",
-    "The picture",
-    "What changes",
-    "How it works",
-    "Try it",
-    "Break it",
-    "Exercises",
-    "How OpenClaw does it",
-    "Left out on purpose",
-    "Next",
-]
-LENGTH = range(120, 221)
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.M | re.S)
 SKIP = re.compile(r"\s*(?:#\s*)?\.\.\.\s*")
 LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
@@ -174,17 +161,21 @@ def name_problems(
         yield "Touched: must say nothing, as nothing is"
 
 
-def shape_problems(doc: str) -> Iterator[str]:
-    """The doc's length, and its headings in order."""
+def length_problems(doc: str, lengths: range) -> Iterator[str]:
+    """The doc is neither too short nor too long."""
     count = len(doc.splitlines())
-    if count not in LENGTH:
-        yield f"{count} lines, not {LENGTH.start} to {LENGTH.stop - 1}"
+    if count not in lengths:
+        yield f"{count} lines, not {lengths.start} to {lengths.stop - 1}"
+
+
+def heading_problems(doc: str, headings: list[str]) -> Iterator[str]:
+    """These headings are there, in order; others may stand among them."""
     found = re.findall(r"^## +(.+?)\s*$", prose(doc), re.M)
-    for heading in HEADINGS:
+    for heading in headings:
         if heading not in found:
             yield f"there is no heading '## {heading}'"
-    order = [heading for heading in found if heading in HEADINGS]
-    wanted = [heading for heading in HEADINGS if heading in order]
+    order = [heading for heading in found if heading in headings]
+    wanted = [heading for heading in headings if heading in order]
     if order != wanted:
         yield f"the headings are in the order {order}"
 

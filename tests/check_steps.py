@@ -3,6 +3,7 @@
 import ast
 import difflib
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -13,21 +14,6 @@ from pathlib import Path
 
 from harness import Section
 
-# Non-blank lines: ceilings, so that no section grows unnoticed. s04 holds two whole platforms.
-BUDGETS = {
-    "s01": 150,
-    "s02": 305,
-    "s03": 405,
-    "s04": 795,
-    "s05": 560,
-    "s06": 745,
-    "s07": 635,
-    "s08": 372,
-    "s09": 355,
-    "s10": 392,
-}
-BUDGET = 275  # 250 and a tenth
-SURVIVAL = {"s02": 0.93, "s03": 0.93}
 DISTRIBUTIONS = {"dotenv": "python-dotenv", "telegram": "python-telegram-bot", "yaml": "PyYAML"}
 LABEL = re.compile(r"# --- (?:(s\d\d): (\S.*)|main) ---")
 HEADER = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
@@ -63,21 +49,19 @@ def change(before: str, after: str) -> Change:
     return Change(len(new) - kept, len(old) - kept, kept / max(1, len(old)), lost)
 
 
-def size_problems(before: Section | None, after: Section) -> Iterator[str]:
-    """A section keeps nearly all of the one before and stays within its budget."""
-    if before is None:
-        count = len(lines_of(after.source))
-        if after.label == "s01" and count > BUDGETS["s01"]:
-            yield f"{after.label} has {count} non-blank lines, at most {BUDGETS['s01']}"
-        return
+def survival_problems(before: Section, after: Section, least: float) -> Iterator[str]:
+    """A section keeps nearly all of the one before."""
     step = change(before.source, after.source)
-    floor = SURVIVAL.get(after.label, 0.97)
-    if step.survival < floor:
+    if step.survival < least:
         lost = "".join(f"\n    - {line}" for line in step.lost)
-        yield f"{step.survival:.1%} of {before.label} survive, at least {floor:.0%}; gone:{lost}"
-    budget = BUDGETS.get(after.label, BUDGET)
-    if step.added > budget:
-        yield f"{after.label} adds {step.added} non-blank lines, at most {budget}"
+        yield f"{step.survival:.1%} of {before.label} survive, at least {least:.0%}; gone:{lost}"
+
+
+def size_problems(before: Section | None, after: Section, most: int) -> Iterator[str]:
+    """A section adds no more lines than it may."""
+    added = change(before.source if before else "", after.source).added
+    if added > most:
+        yield f"{after.label} adds {added} non-blank lines, at most {most}"
 
 
 # --- definitions ---
@@ -407,3 +391,29 @@ def top_level_imports(source: str) -> list[str]:
         elif not isinstance(node, FUNCTION | ast.ClassDef):
             nodes += [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)]
     return names
+
+
+def import_effects(
+    section: Section, folder: Path, env: dict[str, str], workspace: Path
+) -> Iterator[str]:
+    """What importing a section does besides defining things."""
+    here, result = folder / "cwd", folder / "effects.txt"
+    here.mkdir()
+    (here / ".env").write_text("OPENAI_API_KEY=from-a-file\n", encoding="utf-8")
+    files = {*workspace.rglob("*"), *here.rglob("*")}
+    modules = top_level_imports(section.source)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(section.path), *modules],
+        cwd=here,
+        env=env | {"PROBE_RESULT": str(result)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    yield from (f"{section.label}: on import: {line}" for line in done.stderr.splitlines())
+    yield from (f"{section.label}: on import it prints {s!r}" for s in done.stdout.splitlines())
+    made = {*workspace.rglob("*"), *here.rglob("*")} - files
+    yield from (f"{section.label}: on import it makes {path}" for path in sorted(made))
+    if result.exists():
+        effects = result.read_text(encoding="utf-8").splitlines()
+        yield from (f"{section.label}: on import: {effect}" for effect in effects)

@@ -11,7 +11,9 @@ import harness
 import pytest
 from fake_model import FakeModel
 
-SECTIONS = harness.sections()
+FIRST = Path(__file__).parent / "first"
+FIRST_SECTIONS = harness.sections()
+NEXT_SECTIONS = harness.sections(harness.NEXT)
 ROOM = 2 << 30  # bytes
 
 
@@ -34,15 +36,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(allowed(0)) + 1
 
 
-def wanted(mark: pytest.Mark | None, every: bool = True) -> list[harness.Section]:
+def is_below_first(path: Path) -> bool:
+    return path.is_relative_to(FIRST)
+
+
+def sections_for(test: pytest.Item) -> list[harness.Section]:
+    """The ladder that a test is about: those below tests/first have one of their own."""
+    return FIRST_SECTIONS if is_below_first(test.path) else NEXT_SECTIONS
+
+
+def wanted(test: pytest.Item, every: bool = True) -> list[harness.Section]:
     """The sections that a test holds for, from its `since` mark; or the first and last of them."""
     first, last = "s01", None
-    if mark:
+    if mark := test.get_closest_marker("since"):
         first, last = mark.args[0], mark.kwargs.get("until")
     for label in (first, last or first):
         if not re.fullmatch(r"s\d\d", label):
             raise pytest.UsageError(f"since({label!r}): write a label such as s01")
-    found = [s for s in SECTIONS if first <= s.label and (not last or s.label <= last)]
+    found = [s for s in sections_for(test) if first <= s.label and (not last or s.label <= last)]
     return found if every else [*found[:1], *found[1:][-1:]]
 
 
@@ -50,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `section` once for each section it holds for."""
     if "section" in metafunc.fixturenames:
         every = metafunc.config.getoption("--every-section")
-        found = wanted(metafunc.definition.get_closest_marker("since"), every)
+        found = wanted(metafunc.definition, every)
         costly = metafunc.definition.get_closest_marker("costly")
         if costly and not every and not costly.kwargs.get("last"):
             found = found[:1]
@@ -60,23 +71,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def is_first(item: pytest.Item) -> bool:
     """Whether a test runs on the section that earns it."""
     mark = item.get_closest_marker("since")
-    return not mark or item.callspec.params["section"].label == wanted(mark)[0].label
+    return not mark or item.callspec.params["section"].label == wanted(item)[0].label
+
+
+def has_no_case(item: pytest.Item) -> bool:
+    """Whether a test takes `section`, and the sections that it holds for are not there yet."""
+    return "section" in item.fixturenames and not wanted(item)
+
+
+def names_first(config: pytest.Config) -> bool:
+    """Whether the command line names tests/first, or something in it."""
+    paths = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    return any(is_below_first(path.resolve()) for path in paths)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a test's last section, run every third of its parameter sets: the first has run all.
+    """Leave out what has no case, and of tests/first all but the guards, unless it is named.
 
-    What takes long begins first, so that no worker is left alone with it in the end.
+    On a test's last section, run every third of its parameter sets: the first has run all. What
+    takes long begins first, so that no worker is left alone with it in the end.
     """
     items.sort(key=lambda item: not item.get_closest_marker("costly"))
-    if config.getoption("--every-section"):
-        return
+    whole_first = names_first(config)
+    whole_last = config.getoption("--every-section")
     seen: dict[tuple, int] = {}
     kept, left_out = [], []
     for item in items:
+        is_guard = item.get_closest_marker("guard") or not is_below_first(item.path)
+        if has_no_case(item) or not (is_guard or whole_first):
+            left_out.append(item)
+            continue
         callspec = getattr(item, "callspec", None)
         section = callspec.params.get("section") if callspec else None
-        if section and len(callspec.params) > 1:
+        if section and len(callspec.params) > 1 and not whole_last:
             key = (item.nodeid.split("[")[0], section.label)
             seen[key] = seen.get(key, -1) + 1
             if seen[key] % 3 and not is_first(item):
@@ -90,7 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that does not take `section` until the section that earns it is there."""
     mark = item.get_closest_marker("since")
-    if mark and not wanted(mark):
+    if mark and not wanted(item):
         pytest.skip(f"no section from {mark.args[0]} on yet")
 
 
@@ -108,7 +135,9 @@ def section(request: pytest.FixtureRequest) -> harness.Section:
 @pytest.fixture
 def whole(request: pytest.FixtureRequest, section: harness.Section) -> bool:
     """Whether a test of many rounds runs them all here; if not, some of them will do."""
-    return request.config.getoption("--every-section") or is_first(request.node)
+    config, test = request.config, request.node
+    is_mere_guard = is_below_first(test.path) and not names_first(config)
+    return config.getoption("--every-section") or (is_first(test) and not is_mere_guard)
 
 
 @pytest.fixture

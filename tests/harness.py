@@ -36,6 +36,7 @@ except ImportError:
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDER = REPO / "sessions" / "en"
+NEXT = REPO / "sessions" / "next"
 ROWS, COLUMNS = 30, 100
 SETTINGS = [
     "OPENAI_API_KEY",

@@ -9,7 +9,6 @@ import pytest
 import transcripts
 from harness import Section
 from harness import shipped_files
-from test_steps import import_effects
 
 HEAD = """# /// script
 # requires-python = ">=3.11"
@@ -103,8 +102,9 @@ def edit(section: Section, old: str, new: str) -> None:
 
 def test_what_keeps_the_rules_passes(pair: tuple[Section, Section]):
     one, two = pair
-    assert not list(check_steps.size_problems(None, one))
-    assert not list(check_steps.size_problems(one, two))
+    assert not list(check_steps.size_problems(None, one, 49))
+    assert not list(check_steps.size_problems(one, two, 20))
+    assert not list(check_steps.survival_problems(one, two, 0.95))
     assert not list(check_steps.touch_problems(one, two, {}))
     assert not list(check_steps.band_problems(one, two, "the tools"))
     assert not list(check_steps.place_problems(one, two, {}))
@@ -153,13 +153,15 @@ def test_comments_imports_and_docstrings_at_the_top_are_free(pair: tuple[Section
 def test_sizes_are_seen(pair: tuple[Section, Section]):
     one, two = pair
     edit(two, "    limit = 3\n\n    def ask(self, text):\n        return text.upper()\n", "")
-    (problem,) = check_steps.size_problems(one, two)
-    assert "survive" in problem
+    (problem,) = check_steps.survival_problems(one, two, 0.95)
+    assert "survive, at least 95%" in problem
     assert "-     limit = 3" in problem
     edit(one, "NOTES", "x = 1\n" * 150 + "NOTES")
-    assert any("at most 150" in problem for problem in check_steps.size_problems(None, one))
+    (problem,) = check_steps.size_problems(None, one, 150)
+    assert "at most 150" in problem
     edit(two, "TOOLS = {}", "".join(f"A{n} = {n}\n" for n in range(315)))
-    assert any("at most 305" in problem for problem in check_steps.size_problems(pair[0], two))
+    (problem,) = check_steps.size_problems(one, two, 305)
+    assert "at most 305" in problem
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_effects_of_an_import_are_seen(
     said: str,
 ):
     edit(pair[1], "NOTES", f"{line}\nNOTES")
-    found = list(import_effects(pair[1], tmp_path, env, workspace))
+    found = list(check_steps.import_effects(pair[1], tmp_path, env, workspace))
     assert any(said in problem for problem in found) if said else not found
 
 
@@ -342,15 +344,15 @@ def test_touched_names_are_those_of_the_steps(pair: tuple[Section, Section]):
 
 
 def test_shape_is_seen():
-    text = "text\n" * 12
-    doc = "".join(f"## {heading}\n{text}" for heading in check_docs.HEADINGS)
-    assert not list(check_docs.shape_problems(doc))
-    assert "no heading" in next(check_docs.shape_problems(doc.replace("## Next", "## Then")))
-    swapped = doc.replace("## Next", "## X").replace("## Try it", "## Next")
-    assert any(
-        "order" in p for p in check_docs.shape_problems(swapped.replace("## X", "## Try it"))
-    )
-    assert "lines, not" in next(check_docs.shape_problems(doc * 2))
+    headings = ["The problem", "Try it", "Next"]
+    doc = "".join(f"## {heading}\ntext\n" for heading in headings)
+    assert not list(check_docs.length_problems(doc, range(6, 7)))
+    assert "6 lines, not 7 to 8" in next(check_docs.length_problems(doc, range(7, 9)))
+    assert not list(check_docs.heading_problems(doc, headings))
+    assert not list(check_docs.heading_problems(doc, ["Try it", "Next"]))
+    assert "no heading" in next(check_docs.heading_problems(doc, [*headings, "Then"]))
+    (problem,) = check_docs.heading_problems(doc, ["Next", "Try it"])
+    assert "order" in problem
 
 
 @pytest.mark.parametrize(

@@ -444,6 +444,7 @@ def test_a_batch_has_a_hundred_requests_at_most(desk: Desk):
     assert desk.asked == list("01234")
 
 
+@pytest.mark.guard
 @since("s05")
 def test_an_internal_error_does_not_say_what_it_is(desk: Desk):
     screen = desk.up()
@@ -550,6 +551,7 @@ def listen(line: socket.socket, texts: list[str]) -> None:
 # --- who gets in, and to what ---
 
 
+@pytest.mark.guard
 @since("s05")
 def test_only_those_with_the_token_get_in(desk: Desk):
     desk.up()
@@ -572,6 +574,7 @@ def test_only_those_with_the_token_get_in(desk: Desk):
     assert desk.client().call("status")["clients"] == 4
 
 
+@pytest.mark.guard
 @since("s05")
 def test_the_pages(desk: Desk):
     desk.up()
@@ -597,6 +600,7 @@ def test_the_pages(desk: Desk):
     assert b"<title>Web chat" in desk.fetch("/")[2]
 
 
+@pytest.mark.guard
 @since("s05")
 def test_a_page_is_only_read(desk: Desk):
     desk.up()
@@ -608,6 +612,7 @@ def test_a_page_is_only_read(desk: Desk):
     assert desk.fetch("/healthz")[0] == 200
 
 
+@pytest.mark.guard
 @since("s05")
 def test_the_token(desk: Desk):
     file = desk.workspace / ".gateway-token"
@@ -632,6 +637,7 @@ def test_the_token(desk: Desk):
         assert desk.upgrade("") == 401, "an empty file lets everybody in"
 
 
+@pytest.mark.guard
 @since("s05")
 def test_the_token_is_shown_in_the_link_alone(desk: Desk):
     screen = desk.up()
@@ -648,6 +654,7 @@ def test_the_token_is_shown_in_the_link_alone(desk: Desk):
     assert holders == [".gateway-token"]
 
 
+@pytest.mark.guard
 @since("s05")
 def test_what_the_web_asks_for_is_not_run_and_not_read(desk: Desk):
     """Not even the keys of the program itself, whoever has the token."""
@@ -806,6 +813,7 @@ def test_a_send_is_acknowledged_while_the_model_hangs(desk: Desk):
     assert len(other.history(peer="bob")) == 40
 
 
+@pytest.mark.guard
 @since("s05")
 def test_kill_9_after_the_acknowledgement_loses_nothing(desk: Desk):
     screen = desk.up()
@@ -851,6 +859,7 @@ def test_two_at_one_session_take_turns(desk: Desk):
     assert two.history(peer="team")[-2:] == ["go on", "heard go on"]
 
 
+@pytest.mark.guard
 @since("s05")
 def test_events_go_to_those_who_watch(desk: Desk):
     screen = desk.up()
@@ -1087,6 +1096,7 @@ def test_the_history_and_what_follows_hold_each_answer_once(desk: Desk):
         assert seen.count(f"hello {number}") in (1, 2), "twice if it was waiting: with its id"
 
 
+@pytest.mark.guard
 @since("s05")
 def test_what_commands_show_goes_to_no_client(desk: Desk):
     screen, key = desk.up(), "agent:main:main"

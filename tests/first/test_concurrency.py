@@ -19,7 +19,6 @@ from typing import Any
 
 import harness
 import pytest
-import test_gateway
 from fake_feishu import FakeFeishu
 from fake_model import Error
 from fake_model import FakeModel
@@ -36,8 +35,10 @@ from hypothesis.stateful import RuleBasedStateMachine
 from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 from hypothesis.stateful import run_state_machine_as_test
-from test_gateway import PROMPT
-from test_gateway import until
+
+from first import test_gateway
+from first.test_gateway import PROMPT
+from first.test_gateway import until
 
 LONG = 10  # seconds after which something is stuck
 
@@ -432,7 +433,7 @@ print(lanes.enqueue(["s", "main"], str, "again").result(5), len(lanes.lanes["mai
 @pytest.mark.parametrize("held", [["s"], ["main"] * 4], ids=["session", "main"])
 def test_ctrl_c_ends_the_wait_for_a_lane(section, env, tmp_path: Path, held: list[str]):
     script = tmp_path / "wait.py"
-    names = {"tests": str(Path(__file__).parent), "script": str(section.path), "held": held}
+    names = {"tests": str(harness.REPO / "tests"), "script": str(section.path), "held": held}
     script.write_text(CTRL_C.format(**names))
     ran = harness.pipe(script, "", env)
     assert ran.returncode == 0, ran.stderr
@@ -1125,6 +1126,7 @@ def test_who_was_let_go_leaves_the_session_alone(office: Office):
     office.down()
 
 
+@pytest.mark.guard
 @since("s10")
 def test_ctrl_c_while_turns_run_loses_nothing(office: Office, workspace: Path):
     """The next start goes on: each question is answered once, and no tool runs again."""

@@ -1,8 +1,8 @@
 """Kills a running s08 at named points, starts it again, and balances the ledger.
 
-    python tests/crash_lab.py --list
-    python tests/crash_lab.py --point queued --point sent
-    python tests/crash_lab.py --script sessions/en/s10_concurrency.py
+    python tests/first/crash_lab.py --list
+    python tests/first/crash_lab.py --point queued --point sent
+    python tests/first/crash_lab.py --script sessions/en/s10_concurrency.py
 
 Two people write to a bot of a local Telegram server. At the third question the
 process dies of SIGKILL, in the middle of a step; what comes meanwhile waits at
@@ -42,12 +42,15 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import harness
-import ledger
 import trap
 from fake_model import FakeModel
 from fake_model import Text
 from fake_telegram import FakeTelegram
+
+from first import ledger
 
 SCRIPT = harness.FOLDER / "s08_delivery.py"
 END = '\nif __name__ == "__main__":\n'
@@ -281,7 +284,7 @@ def source_of(script: Path, needed: str, since: str) -> str:
 
 def with_trap(script: Path) -> str:
     """The script's text with the line that arms the trap."""
-    text, folder = source_of(script, "DeliveryQueue", "s08"), str(Path(__file__).parent)
+    text, folder = source_of(script, "DeliveryQueue", "s08"), str(Path(trap.__file__).parent)
     return text.replace(END, f"\n{ARM.format(folder=folder)}{END}")
 
 

@@ -710,6 +710,7 @@ def test_one_bad_message_locks_nothing(bench: Bench, servers, kind: str):
 # --- settings ---
 
 
+@pytest.mark.guard
 @since("s09")
 def test_where_keys_go_and_where_they_do_not(bench: Bench, servers, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY_2")
@@ -910,6 +911,7 @@ def test_a_program_that_none_can_answer_goes_on(section, servers, env: dict):
     assert said == ["remember blue", "which colour"] and "fine" in done.stdout
 
 
+@pytest.mark.guard
 @since("s09")
 def test_the_shell_does_not_see_the_keys(section, servers, env: dict):
     command = "env | grep -c sk- ; env | grep _BASE_URL"

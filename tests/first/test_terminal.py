@@ -12,16 +12,17 @@ from typing import BinaryIO
 
 import harness
 import pytest
-import test_telegram
 from fake_model import Gate
 from fake_model import Text
 from harness import Screen
 from harness import since
-from test_telegram import PROMPT
-from test_telegram import Post
-from test_telegram import brain
-from test_telegram import drawn
-from test_telegram import lines_with
+
+from first import test_telegram
+from first.test_telegram import PROMPT
+from first.test_telegram import Post
+from first.test_telegram import brain
+from first.test_telegram import drawn
+from first.test_telegram import lines_with
 
 post, telegram = test_telegram.post, test_telegram.telegram  # fixtures
 
@@ -57,7 +58,7 @@ harness.os._exit(0)  # the thread goes on to talk
 @since("s04")
 def test_keys_and_news_at_the_same_moment(section: harness.Section, env: dict[str, str]):
     """The line is looked at while readline changes it, thousands of times."""
-    tests = str(Path(__file__).parent)
+    tests = str(harness.REPO / "tests")
     code = BUSY.format(tests=tests, script=str(section.path))
     with Screen([sys.executable, "-c", code], env) as screen:
         screen.wait_for("news")

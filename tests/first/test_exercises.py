@@ -12,7 +12,7 @@ import pytest
 from harness import REPO
 from harness import Section
 
-FOLDER = REPO / "tests" / "exercises"
+FOLDER = REPO / "tests" / "first" / "exercises"
 plant = harness.load(FOLDER / "plant.py")
 EXERCISES = plant.exercises()
 CHECKS = {
@@ -153,5 +153,5 @@ def test_a_script_that_cannot_be_checked(tmp_path: Path, text: str | None, told:
 def test_without_a_script_nothing_is_run():
     alone = run_exercises(FOLDER)
     assert "--script path/to/mine.py" in alone.stdout and "no tests ran" in alone.stdout
-    whole = run_exercises("tests", "--ignore-glob=tests/test_*.py", "-n", "0")
+    whole = run_exercises("tests/first", "--ignore-glob=tests/first/test_*.py", "-n", "0")
     assert "no tests ran" in whole.stdout and "--script" not in whole.stdout, whole

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import harness
 import pytest
-import test_feishu
 from fake_feishu import FakeFeishu
 from fake_telegram import FakeTelegram
 from harness import since
-from test_feishu import Desk
-from test_feishu import lines
-from test_feishu import wait_until
+
+from first import test_feishu
+from first.test_feishu import Desk
+from first.test_feishu import lines
+from first.test_feishu import wait_until
 
 desk, sealing = test_feishu.desk, test_feishu.sealing
 OTHER_TOKEN = "654321:other-token"
@@ -74,6 +75,7 @@ def inbox(desk: Desk) -> Path:
 # --- one brain, many mouths ---
 
 
+@pytest.mark.guard
 @since("s04")
 def test_one_process_with_three_mouths(desk: Desk, telegram: FakeTelegram):
     screen = both(desk, telegram)
@@ -115,6 +117,7 @@ def test_one_process_with_three_mouths(desk: Desk, telegram: FakeTelegram):
     }
 
 
+@pytest.mark.guard
 @since("s04")
 def test_commands_of_the_computer_are_for_the_terminal(desk: Desk, workspace: Path):
     for approval, runs in (("", False), ("never", False), ("always", True)):
@@ -375,6 +378,7 @@ def test_the_inbox_stays_small(desk: Desk):
     assert len(desk.feishu.sent) == 451
 
 
+@pytest.mark.guard
 @since("s04", until="s05")
 def test_a_full_disk(desk: Desk, telegram: FakeTelegram):
     """What cannot be written down is not taken; with room again, it is answered, and once."""
@@ -439,6 +443,7 @@ def test_a_disk_that_fills_up_behind_an_answer(desk: Desk):
 IMPORTED = re.compile(r"\| +(\w+)", re.M)
 
 
+@pytest.mark.guard
 @since("s04")
 def test_no_part_of_a_key_is_shown(section, monkeypatch):
     """Not its first half either, where a line is cut; and blanks are no key."""

@@ -18,7 +18,6 @@ from zoneinfo import ZoneInfo
 
 import harness
 import pytest
-import test_telegram
 from cronsim import CronSim
 from fake_model import Error
 from fake_model import FakeModel
@@ -27,10 +26,12 @@ from fake_model import Stall
 from fake_model import Text
 from harness import Screen
 from harness import since
-from test_telegram import PROMPT
-from test_telegram import Post
-from test_telegram import drawn
-from test_telegram import lines_with
+
+from first import test_telegram
+from first.test_telegram import PROMPT
+from first.test_telegram import Post
+from first.test_telegram import drawn
+from first.test_telegram import lines_with
 
 post, telegram = test_telegram.post, test_telegram.telegram  # fixtures
 
@@ -1518,6 +1519,7 @@ def trigger(screen: Screen, name: str) -> None:
     screen.type(f"/cron-trigger {name}\n")
 
 
+@pytest.mark.guard
 @since("s07")
 @pytest.mark.costly
 def test_a_job_that_kill_cut_off_does_not_run_again(
@@ -1692,6 +1694,7 @@ def test_owner_says_who_it_is(post: Post):
         assert post.told(42)[-1] == "this is news" and len(post.told(43)) == 2
 
 
+@pytest.mark.guard
 @since("s07")
 def test_a_kill_before_it_is_sent_loses_nothing(post: Post):
     write_jobs(post.workspace, idle("news"))

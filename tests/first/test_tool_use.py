@@ -379,6 +379,7 @@ def test_ids_that_repeat(section: Section, fake_model: FakeModel, workspace: Pat
 # --- the turn ---
 
 
+@pytest.mark.guard
 def test_endless_calls_stop_at_25(section: Section, fake_model: FakeModel, workspace: Path):
     (workspace / "a.txt").write_text("again")
     endless = [ToolCalls([("read_file", {"path": "a.txt"})] * 2, "", "stop")] * 40
@@ -475,6 +476,7 @@ def test_tool_activity_is_one_short_line_per_call(
 # --- the file tools ---
 
 
+@pytest.mark.guard
 @posix
 def test_file_tools_stay_inside_the_workspace(
     section: Section, fake_model: FakeModel, workspace: Path, tmp_path: Path
@@ -731,6 +733,7 @@ def test_bash_says_what_happened(section: Section, fake_model: FakeModel, worksp
         assert re.search(told, result), f"{command}: {result}"
 
 
+@pytest.mark.guard
 @posix
 def test_bash_sees_no_secrets(section: Section, fake_model: FakeModel):
     secrets = {
@@ -751,6 +754,7 @@ def test_bash_sees_no_secrets(section: Section, fake_model: FakeModel):
     assert not re.findall(r".*(?:sk-test|hidden-\d).*", text)
 
 
+@pytest.mark.guard
 @posix
 def test_bash_timeout_kills_the_family(section: Section, fake_model: FakeModel, workspace: Path):
     names = ["shell", "child", "grandchild"]
@@ -818,6 +822,7 @@ def made_files(workspace: Path) -> set[str]:
     return {path.name for path in workspace.glob("made-*")}
 
 
+@pytest.mark.guard
 @posix
 def test_bash_asks_first(section: Section, fake_model: FakeModel, workspace: Path):
     answers = {"n": "n", "no": "", "what": "N", "yes": "y", "up": "Y", "q": "x", "once": "no y"}
@@ -843,6 +848,7 @@ def test_bash_asks_first(section: Section, fake_model: FakeModel, workspace: Pat
     assert len(refused) == 5
 
 
+@pytest.mark.guard
 @posix
 def test_bash_question_left_unanswered(section: Section, fake_model: FakeModel, workspace: Path):
     cases = {"ctrl-d": [touch("made-a")], "ctrl-c": [touch("made-b")]}
@@ -861,6 +867,7 @@ def test_bash_question_left_unanswered(section: Section, fake_model: FakeModel, 
     assert [len(results(turns[key])) for key in cases] == [1, 1]
 
 
+@pytest.mark.guard
 @posix
 def test_bash_text_typed_ahead_is_no_answer(
     section: Section, fake_model: FakeModel, workspace: Path
@@ -881,6 +888,7 @@ def test_bash_text_typed_ahead_is_no_answer(
     assert made_files(workspace) == set()
 
 
+@pytest.mark.guard
 @posix
 @pytest.mark.parametrize("approval", ["", "never", "always"])
 def test_bash_on_a_pipe(section: Section, fake_model: FakeModel, workspace: Path, approval: str):
@@ -890,6 +898,7 @@ def test_bash_on_a_pipe(section: Section, fake_model: FakeModel, workspace: Path
     assert is_error(results(turns["go"])[0]) == (approval != "always")
 
 
+@pytest.mark.guard
 @posix
 def test_approval_never_asks_never(section: Section, fake_model: FakeModel, workspace: Path):
     env = play(fake_model, {"go": [touch("made-a")]}, APPROVAL="never")
@@ -901,6 +910,7 @@ def test_approval_never_asks_never(section: Section, fake_model: FakeModel, work
     assert made_files(workspace) == set()
 
 
+@pytest.mark.guard
 def test_approval_nonsense_is_refused(section: Section, fake_model: FakeModel):
     done = pipe(section, "hello\n", fake_model.env("text", APPROVAL="allways"))
     assert done.returncode == 1
@@ -910,6 +920,7 @@ def test_approval_nonsense_is_refused(section: Section, fake_model: FakeModel):
     assert fake_model.requests == []
 
 
+@pytest.mark.guard
 @posix
 def test_command_to_approve_is_shown_whole_and_harmless(section: Section, fake_model: FakeModel):
     command = "echo start \x1b]0;owned\x07\x1b[2J\x1b[1A\x9b31m\b\b\b\r# hidden? " + "x" * 300
@@ -968,6 +979,7 @@ def test_clumsy_model_gets_there(section: Section, offline: Offline, workspace: 
     assert "not a JSON object" not in done.stdout
 
 
+@pytest.mark.guard
 @since("s02")
 def test_a_command_to_approve_cannot_dress_up_as_the_screen(
     section: Section, fake_model: FakeModel, workspace: Path

@@ -14,6 +14,19 @@ from harness import sections
 
 STEPS = tomllib.loads(Path(__file__).with_name("steps.toml").read_text(encoding="utf-8"))
 SECTIONS = sections()
+HEADINGS = [
+    "The problem",
+    "The picture",
+    "What changes",
+    "How it works",
+    "Try it",
+    "Break it",
+    "Exercises",
+    "How OpenClaw does it",
+    "Left out on purpose",
+    "Next",
+]
+LENGTH = range(120, 221)
 DOCUMENTED = [
     (before, after)
     for before, after in zip([None, *SECTIONS], SECTIONS, strict=False)
@@ -49,7 +62,8 @@ def test_excerpts(before: Section | None, after: Section):
 
 @each_doc
 def test_shape(before: Section | None, after: Section):
-    none(after.doc, check_docs.shape_problems(text_of(after)))
+    none(after.doc, check_docs.length_problems(text_of(after), LENGTH))
+    none(after.doc, check_docs.heading_problems(text_of(after), HEADINGS))
 
 
 @each_doc

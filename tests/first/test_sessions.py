@@ -335,6 +335,7 @@ def slowly(body: dict):
     return item
 
 
+@pytest.mark.guard
 @since("s03")
 @pytest.mark.costly(last=True)
 def test_killed_at_any_moment_50_times(desk: Desk, whole: bool):
@@ -379,6 +380,7 @@ def test_killed_at_any_moment_50_times(desk: Desk, whole: bool):
     assert "interrupted" in text or not whole, "no kill hit a tool call: make the turns slower"
 
 
+@pytest.mark.guard
 @since("s03")
 def test_a_killed_turn_says_which_tools_were_interrupted(desk: Desk):
     with desk.screen() as screen:
@@ -428,6 +430,7 @@ def test_torn_at_any_byte(desk: Desk, tmp_path: Path):
             assert list(session) == again, "the next record is not glued to the torn one"
 
 
+@pytest.mark.guard
 @since("s03")
 @pytest.mark.parametrize("cut", [1, 20, -2, -1])
 def test_torn_last_line_at_the_front_door(desk: Desk, cut: int):
@@ -563,6 +566,7 @@ def test_crlf_line_ends(desk: Desk):
 # --- one process at a time, and what else may be wrong with the workspace ---
 
 
+@pytest.mark.guard
 @since("s03")
 def test_a_second_process_is_told_who_holds_the_workspace(desk: Desk, tmp_path: Path):
     other = tmp_path / "link"
@@ -1231,6 +1235,7 @@ def characters_read(pid: int) -> int:
 # --- what is private ---
 
 
+@pytest.mark.guard
 @since("s03")
 @pytest.mark.parametrize(
     "path", ["{}", "./{}", "skills/../{}", "link/{}", "{}/../sessions.json", "{absolute}"]
@@ -1267,6 +1272,7 @@ def test_user_data_is_ignored_by_git():
     assert done.stdout.split() == paths
 
 
+@pytest.mark.guard
 @since("s03")
 def test_what_is_written_is_private(desk: Desk):
     """Only the owner may read what was said."""

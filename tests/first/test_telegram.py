@@ -340,6 +340,7 @@ def test_each_chat_topic_and_account_has_its_own_history(post: Post):
     assert "stranger" not in str(post.questions)
 
 
+@pytest.mark.guard
 @since("s04")
 def test_strangers(post: Post):
     """Nothing is said to them, and what they are called cannot harm the terminal."""
@@ -368,6 +369,7 @@ def test_strangers(post: Post):
     assert not re.search(r"^\W*forged", screen.paper, re.M), "a line of the program's own is forged"
 
 
+@pytest.mark.guard
 @since("s04")
 def test_nobody_is_allowed_by_default(post: Post):
     with post.screen(TELEGRAM_ALLOWED_CHATS="") as screen:
@@ -486,6 +488,7 @@ def test_commands(post: Post):
         assert post.history()[0] == "two", "the new session is the one that a restart resumes"
 
 
+@pytest.mark.guard
 @since("s04")
 @pytest.mark.parametrize("approval", ["", "ask", "always"])
 def test_bash_is_for_the_terminal(post: Post, approval: str):
@@ -625,6 +628,7 @@ def test_a_bad_token(post: Post, token: str):
 # --- kill -9 ---
 
 
+@pytest.mark.guard
 @since("s04")
 @pytest.mark.parametrize("moment", ["model", "tool", "send"])
 def test_killed_in_the_middle_of_a_turn(post: Post, moment: str):
@@ -661,6 +665,7 @@ def test_killed_in_the_middle_of_a_turn(post: Post, moment: str):
         assert (post.workspace / "ran.txt").read_text() == "bash two\n"
 
 
+@pytest.mark.guard
 @since("s04")
 def test_killed_with_answers_that_wait_to_be_sent(post: Post):
     post.telegram.hang("sendMessage", 30)
@@ -728,6 +733,7 @@ def leave(post: Post, *more: dict) -> None:
     post.telegram.know(42)
 
 
+@pytest.mark.guard
 @since("s04")
 def test_who_is_no_longer_allowed_waits(post: Post):
     leave(post)

@@ -1,4 +1,6 @@
-"""An hour's mixed traffic for s10, compressed: python tests/soak.py [--seconds 180] [--kills 3]
+"""An hour's mixed traffic for s10, compressed.
+
+    python tests/first/soak.py [--seconds 180] [--kills 3]
 
 People on two Telegram bots, Feishu and the web chat write, each on with the next question; a
 heartbeat and three cron jobs run beside them; two model servers and the platforms fail at random;
@@ -26,6 +28,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from contextlib import suppress
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 from fake_feishu import FakeFeishu

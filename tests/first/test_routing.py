@@ -21,9 +21,10 @@ from hypothesis import Phase
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
-from test_gateway import PROMPT
-from test_gateway import Desk
-from test_gateway import until
+
+from first.test_gateway import PROMPT
+from first.test_gateway import Desk
+from first.test_gateway import until
 
 AGENTS = ("main", "luna", "sage")
 TIERS = ("peer", "guild", "account", "channel")

@@ -1,7 +1,7 @@
 """Runs the suite under coverage, in the processes it starts, too, and lists what it leaves out.
 
-python tests/cover.py              the whole suite; it takes about three times as long as without
-python tests/cover.py -k lanes     what pytest takes
+python tests/first/cover.py              the whole suite; it takes about three times as long
+python tests/first/cover.py -k lanes     what pytest takes
 
 It counts the lines of the last section and of the offline model, which are to be run to 95 %. A
 line of the last section is listed as run before if a test ran it where it stands first: on later
@@ -17,6 +17,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import REPO
 from harness import sections
@@ -72,8 +74,9 @@ def main() -> int:
         settings = folder / "settings"
         settings.write_text(SETTINGS.format(folder=folder, repo=REPO), encoding="utf-8")
         tool = [sys.executable, "-m", "coverage"]
-        suite = [*tool, "run", f"--rcfile={settings}", "-m", "pytest", "-q", *sys.argv[1:]]
-        subprocess.run(suite, cwd=REPO)
+        run = [*tool, "run", f"--rcfile={settings}"]
+        suite = ["-m", "pytest", "-q", "tests/first", *sys.argv[1:]]
+        subprocess.run([*run, *suite], cwd=REPO)
         # Where no file might grow there is no data; combine tells of it and goes on.
         combine = [*tool, "combine", "-q", f"--rcfile={settings}"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -1,8 +1,8 @@
 """Writes a copy of a section to work on, with a defect planted in it if you name one.
 
-python tests/exercises/plant.py                     what there is
-python tests/exercises/plant.py s04 inbox mine.py   s04 with that defect
-python tests/exercises/plant.py s04 mine.py         s04 as it is, to add something to
+python tests/first/exercises/plant.py                     what there is
+python tests/first/exercises/plant.py s04 inbox mine.py   s04 with that defect
+python tests/first/exercises/plant.py s04 mine.py         s04 as it is, to add something to
 
 The checks need pytest: pip install -q -r tests/requirements.txt
 """
@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SECTIONS = FOLDER.parents[1] / "sessions" / "en"
+SECTIONS = FOLDER.parents[2] / "sessions" / "en"
 
 
 @dataclass
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> int:
         return 1
     which = exercise.id if exercise else label
     print(f"{file}: {exercise.task if exercise else f'a copy of {section_of(label).name}'}")
-    print(f"To check it: python -m pytest tests/exercises -k {which} --script {file}")
+    print(f"To check it: python -m pytest tests/first/exercises -k {which} --script {file}")
     print(f"To run it: WORKSPACE_DIR=workspace python sessions/offline_model.py {file}")
     return 0
 

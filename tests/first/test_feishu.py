@@ -200,6 +200,7 @@ BODIES += [b'{"header": []}', b'{"type": "url_verification"}', b'{"type": "url_v
 SEALED = ("", "AAAA", "%%%", "\u00e9", 5, None, [], {})
 
 
+@pytest.mark.guard
 @since("s04")
 @either
 def test_a_challenge_is_answered_only_with_the_token(desk: Desk):
@@ -216,6 +217,7 @@ def test_a_challenge_is_answered_only_with_the_token(desk: Desk):
         assert 400 <= desk.push(odd) < 500
 
 
+@pytest.mark.guard
 @since("s04")
 @either
 def test_nobody_else_is_believed(desk: Desk):
@@ -288,6 +290,7 @@ def feishu_body(feishu: FakeFeishu, size: int) -> bytes:
     return body.replace('\\"text\\": \\"', '\\"text\\": \\"' + "x" * (size - len(body))).encode()
 
 
+@pytest.mark.guard
 @since("s04")
 def test_encrypted_events_need_the_key(desk: Desk):
     screen = desk.up(ENCRYPT_KEY="")
@@ -399,6 +402,7 @@ def wait_until(condition: Any, timeout: float = 20) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.guard
 @since("s04")
 def test_strangers(desk: Desk):
     """No answer, no question to the model; the terminal shows once which id to allow."""
@@ -551,6 +555,7 @@ def test_an_answer_that_was_not_sent_before_the_end(desk: Desk):
     assert desk.asked == ["hello", "next"]
 
 
+@pytest.mark.guard
 @since("s04")
 def test_accounts_that_cannot_work(desk: Desk):
     """Each says so in one line, names no secret, and leaves the others and the terminal alone."""
@@ -596,6 +601,7 @@ def test_questions_at_the_very_start(desk: Desk):
 # --- kill -9 ---
 
 
+@pytest.mark.guard
 @since("s04")
 @pytest.mark.costly(last=True)
 def test_killed_15_times(desk: Desk, whole: bool):

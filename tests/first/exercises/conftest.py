@@ -1,4 +1,7 @@
-"""Runs checks on a reader's own copy: python -m pytest tests/exercises -k s03 --script mine.py"""
+"""Runs checks on a reader's own copy of a section.
+
+python -m pytest tests/first/exercises -k s03 --script mine.py
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

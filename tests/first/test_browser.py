@@ -10,8 +10,9 @@ from browser import Browser
 from browser import find
 from fake_model import FakeModel
 from harness import since
-from test_gateway import Client
-from test_gateway import Desk
+
+from first.test_gateway import Client
+from first.test_gateway import Desk
 
 pytestmark = pytest.mark.skipif(not find(), reason="needs Chromium")
 CONNECTED = "document.querySelector('#state').dataset.state === 'connected'"
@@ -87,6 +88,7 @@ class Page:
         return self.get("localStorage.peer")
 
 
+@pytest.mark.guard
 @since("s05")
 @pytest.mark.costly(last=True)
 def test_a_conversation_with_the_keyboard_alone(page: Page):
@@ -141,6 +143,7 @@ def test_a_restart_of_the_gateway_goes_unnoticed(page: Page):
     page.desk.down()
 
 
+@pytest.mark.guard
 @since("s05")
 def test_who_has_a_wrong_token_is_asked_for_it(page: Page):
     page.browser.open(page.desk.link.partition("#")[0])

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from types import SimpleNamespace
 
-import crash_lab
 import harness
-import lane_theatre
 import pytest
 from harness import since
+
+from first import crash_lab
+from first import lane_theatre
 
 ROW = re.compile(r"^([a-z-]+) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)  \S", re.M)
 BALANCED = {"queued": (6, 6, 0, 0, 0), "pieces": (8, 8, 0, 0, 0)}
@@ -56,6 +57,7 @@ def widest(text: str) -> int:
     return max(map(len, text.splitlines()))
 
 
+@pytest.mark.guard
 @since("s08")
 def test_the_ledger_is_balanced(section: harness.Section, whole: bool, run: Callable):
     points = list(BALANCED) if whole else ["sent"]

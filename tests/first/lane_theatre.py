@@ -1,7 +1,7 @@
 """Shows what lanes are for: the same traffic twice, as two timelines.
 
-    python tests/lane_theatre.py
-    python tests/lane_theatre.py --people 8 --seconds 0.5
+    python tests/first/lane_theatre.py
+    python tests/first/lane_theatre.py --people 8 --seconds 0.5
 
 People on two Telegram bots, Feishu and the web chat ask two questions each, all
 at once, while a heartbeat is on its way and a job of CRON.json is started. s09
@@ -24,13 +24,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import harness
-import soak
-from crash_lab import Stop
-from crash_lab import last_line
-from crash_lab import run_as_command
-from crash_lab import source_of
 from fake_model import Text
+
+from first import soak
+from first.crash_lab import Stop
+from first.crash_lab import last_line
+from first.crash_lab import run_as_command
+from first.crash_lab import source_of
 
 LOCK, LANES = harness.FOLDER / "s09_resilience.py", harness.FOLDER / "s10_concurrency.py"
 NAMES = ["ada", "bob", "cem", "dan", "eva", "fay", "gus", "hal"]

@@ -117,6 +117,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
 # --- conversations ---
 
 
+@pytest.mark.guard
 @since("s01")
 def test_three_turns_on_a_terminal_stream_as_they_arrive(section: Section, fake_model: FakeModel):
     gate = threading.Event()
@@ -146,6 +147,7 @@ def test_three_turns_on_a_terminal_stream_as_they_arrive(section: Section, fake_
     ]
 
 
+@pytest.mark.guard
 @since("s01")
 def test_three_turns_over_a_pipe(section: Section, fake_model: FakeModel):
     fake_model.script("any", [Text("eins"), Text("zwei\n\n你好 👋"), Text("drei")])
@@ -200,6 +202,7 @@ def test_a_line_can_be_edited_pasted_and_called_back(section: Section, fake_mode
     assert len(fake_model.chats) == 4
 
 
+@pytest.mark.guard
 @since("s01")
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(section: Section, fake_model: FakeModel):
     gate, long = threading.Event(), Text("word " * 3000)
@@ -270,6 +273,7 @@ def test_requests_refused_for_their_length(section: Section, fake_model: FakeMod
             check_errors(section, fake_model, [name], WORKSPACE_DIR=str(tmp_path / name))
 
 
+@pytest.mark.guard
 @since("s01", until="s08")  # from s09 on such a turn is tried again, in the open
 def test_failures_are_shown_and_not_tried_again(section: Section, fake_model: FakeModel):
     kinds = ("auth", "quota", "rate", "retry")
@@ -520,6 +524,7 @@ def copy_alone(section: Section, folder: Path, dotenv: str = "") -> Path:
     return target
 
 
+@pytest.mark.guard
 @since("s01")
 def test_nothing_set_up(section: Section, env: dict, tmp_path: Path):
     unset = {name: value for name, value in env.items() if name not in SETTINGS}

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from harness import Section
-from test_proactive import HOUR
-from test_proactive import OK
-from test_proactive import Bench
-from test_proactive import at
-from test_proactive import turn
+
+from first.test_proactive import HOUR
+from first.test_proactive import OK
+from first.test_proactive import Bench
+from first.test_proactive import at
+from first.test_proactive import turn
 
 QUIET = [
     OK,

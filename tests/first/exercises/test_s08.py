@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from harness import Section
-from test_delivery import HOUR
-from test_delivery import Bench
+
+from first.test_delivery import HOUR
+from first.test_delivery import Bench
 
 
 def test_s08_drop(script: Section, tmp_path: Path):

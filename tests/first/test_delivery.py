@@ -17,10 +17,6 @@ from types import SimpleNamespace
 
 import harness
 import pytest
-import test_channels
-import test_feishu
-import test_proactive
-import test_telegram
 from fake_feishu import SEND_PATH
 from fake_feishu import FakeFeishu
 from fake_model import FakeModel
@@ -32,18 +28,23 @@ from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
-from ledger import inbox_is_empty
-from ledger import journal
-from ledger import pending
-from test_feishu import Desk
-from test_feishu import wait_until
-from test_proactive import idle
-from test_proactive import trigger
-from test_proactive import write_jobs
-from test_telegram import PROMPT
-from test_telegram import Post
-from test_telegram import drawn
-from test_telegram import lines_with
+
+from first import test_channels
+from first import test_feishu
+from first import test_proactive
+from first import test_telegram
+from first.ledger import inbox_is_empty
+from first.ledger import journal
+from first.ledger import pending
+from first.test_feishu import Desk
+from first.test_feishu import wait_until
+from first.test_proactive import idle
+from first.test_proactive import trigger
+from first.test_proactive import write_jobs
+from first.test_telegram import PROMPT
+from first.test_telegram import Post
+from first.test_telegram import drawn
+from first.test_telegram import lines_with
 
 post, telegram = test_telegram.post, test_telegram.telegram  # fixtures
 desk, sealing = test_feishu.desk, test_feishu.sealing
@@ -1064,6 +1065,7 @@ def test_simulated_failures_and_a_flood(post: Post):
         say_command(screen, "/stats", "2 texts taken, 2 pieces sent, 2 tries put off")
 
 
+@pytest.mark.guard
 @since("s08")
 @pytest.mark.parametrize("up", [True, False], ids=["sent", "not sent"])
 def test_a_crash_between_the_queue_and_the_inbox(post: Post, up: bool):
@@ -1113,6 +1115,7 @@ def test_a_kill_between_two_pieces(post: Post):
     assert told in (pieces, [*pieces[:before], *pieces[before - 1 :]])
 
 
+@pytest.mark.guard
 @since("s08")
 def test_a_full_disk(post: Post):
     """One line says so, the terminal goes on, and with room again all has its answer."""

@@ -34,8 +34,9 @@ from fake_model import ToolCalls
 from fake_model import embeddings
 from fake_telegram import FakeTelegram
 from harness import since
-from test_telegram import GROUP
-from test_telegram import Post
+
+from first.test_telegram import GROUP
+from first.test_telegram import Post
 
 PROMPT = "you> "
 TODAY = date(2026, 11, 22)
@@ -152,6 +153,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- keeping ---
 
 
+@pytest.mark.guard
 @since("s06")
 def test_a_note_is_on_disk_when_the_model_hears_of_it(desk):
     gate = threading.Event()
@@ -621,6 +623,7 @@ def test_notes_come_up_by_themselves_when_they_fit(desk):
     assert PARCEL in said and not any(KIOSK in text for text in said)
 
 
+@pytest.mark.guard
 @since("s06")
 def test_notes_do_not_come_up_in_a_group(section, workspace, fake_model):
     with FakeTelegram("123456:secret-token") as telegram:

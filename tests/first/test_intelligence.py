@@ -217,6 +217,7 @@ def test_agents_have_homes(desk: Desk):
     assert sage.startswith("You are Sage.") and "Calm, exact, brief" in sage
 
 
+@pytest.mark.guard
 @since("s06")
 def test_a_group_sees_nothing_private(desk: Desk):
     desk.write("USER.md", "The person is called Ada Private.")
@@ -358,6 +359,7 @@ def test_500_skills_stay_within_the_caps(desk: Desk):
     assert re.search(r"\(4\d\d more are not listed\)", listed)
 
 
+@pytest.mark.guard
 @since("s06")
 def test_a_link_out_of_the_folder_is_no_skill(desk: Desk, tmp_path: Path):
     outside = tmp_path / "outside"
@@ -407,6 +409,7 @@ def calls(desk: Desk, tool: str, *arguments: dict) -> list[str]:
     return results[-len(arguments) :]
 
 
+@pytest.mark.guard
 @since("s06")
 def test_skills_outside_the_workspace_can_be_read_and_not_written(desk: Desk, tmp_path: Path):
     folder = tmp_path / "home" / ".agents" / "skills" / "far"
