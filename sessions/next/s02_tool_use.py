@@ -243,8 +243,8 @@ class AnswerText:
 # Errors and the screen
 
 HINTS = {
-    401: "check OPENAI_API_KEY",
-    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+    401: ", check OPENAI_API_KEY",
+    404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -255,7 +255,7 @@ def explain(error: Exception) -> str:
     """One line that says what went wrong, and what to check."""
     if isinstance(error, openai.APIStatusError):
         hint = HINTS.get(error.status_code, "")
-        text = f"HTTP {error.status_code} {hint}: {error.response.text}"
+        text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
         text = f"{error} {error.__cause__ or ''}"
     else:
@@ -619,7 +619,7 @@ def check_passage(text: str, passage: str) -> None:
     if count == 0:
         lines = [line[:100] for line in text.split("\n")[:1000]]
         nearest = difflib.get_close_matches(passage.split("\n")[0][:100], lines, n=1)
-        raise ValueError(f"old_text does not occur; the nearest line is {nearest}")
+        raise ValueError(f"old_text does not occur. Similar lines: {nearest}")
 
 
 # Commands
@@ -696,7 +696,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
         target=collect_output, args=(process, output), daemon=True
     )
     reader.start()
-    ending = f"killed after {seconds} seconds"
+    ending = f"killed after {seconds} s"
     try:
         with suppress(subprocess.TimeoutExpired):
             ending = f"exit code {process.wait(seconds)}"
