@@ -53,7 +53,7 @@ NOTES = {
 }
 
 
-def do_nothing() -> None:
+def do_nothing(*arguments) -> None:
     """What a callable of the agent does until a later section replaces it."""
 
 
@@ -71,7 +71,7 @@ class Agent:
     check_path: Callable  # raises ValueError for a file that is not for tools
     system: str = ""  # instructions that stand before the conversation
     check_cancelled: Callable = do_nothing  # raises once the turn has been cancelled
-    waiting_for: object = None  # the open response, or the process that runs
+    note_waiting: Callable = do_nothing  # gets the response or process it waits for
     session_key: str = "agent:main:main"  # whose conversation it is
     store: "SessionStore | None" = None
     guard: "ContextGuard | None" = None
@@ -104,7 +104,7 @@ def call_model(agent: Agent) -> Reply:
     # `extra_body` is sent as it is. The SDK would check what it gets as `messages` part
     # by part, and in a long conversation that takes longer than all the rest.
     with create(model="", messages=[], extra_body=request) as response:
-        agent.waiting_for = response
+        agent.note_waiting(response)
         for event in read_events(response):
             agent.check_cancelled()
             piece = text.feed(add_event(reply, event), reply.finish_reason)
@@ -696,7 +696,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a process group of its own, to be killed as a whole
     )
-    agent.waiting_for = process
+    agent.note_waiting(process)
     output = bytearray()
     reader = threading.Thread(
         target=collect_output, args=(process, output), daemon=True
@@ -733,7 +733,7 @@ def kill_command(process: subprocess.Popen) -> None:
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-def exit_on_signal(number: int, frame: object) -> None:
+def exit_on_signal(number, frame) -> None:
     """End the program on a signal as `exit` would, through every `finally`."""
     sys.exit(128 + number)
 
