@@ -1,0 +1,321 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "openai>=3.54,<4",
+#   "python-dotenv>=1.2.1",
+# ]
+# ///
+"""s01: The agent loop - an agent is `while True` plus `finish_reason`.
+
+    you> --> messages --> call_model --> finish_reason --> agent>
+     ^                                                       |
+     +-------------------------------------------------------+
+
+Run it with no key: python sessions/offline_model.py s01
+"""
+
+import codecs
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import openai
+from dotenv import load_dotenv
+
+# --- s01: the agent loop ---
+
+NOTES = {
+    "length": "the answer was cut at the length limit",
+    "content_filter": "the provider's content filter stopped the answer",
+    "tool_calls": "the model asked for a tool, and there is none to run",
+}
+
+
+@dataclass
+class Agent:
+    """What one turn of the conversation works with."""
+
+    client: openai.OpenAI
+    options: dict  # what every request contains besides the messages
+    messages: list[dict]
+    show: Callable  # called with each piece of text, and with its kind
+
+
+@dataclass
+class Reply:
+    """What the model has answered."""
+
+    message: dict
+    finish_reason: str = ""  # empty until the server says why the answer ended
+    usage: dict | None = None  # how many tokens the call took, if the server tells
+
+
+def call_model(agent: Agent) -> Reply:
+    """Send the conversation to the model, and show its answer as it arrives.
+
+    Returns the whole reply. Raises OpenAIError if the answer breaks off.
+    """
+    reply = Reply({"role": "assistant"})
+    text = AnswerText()
+    pieces = []
+    request = {**agent.options, "messages": list(agent.messages)}
+    create = agent.client.chat.completions.with_streaming_response.create
+    # `extra_body` is sent as it is. The SDK would check what it gets as `messages` part
+    # by part, and in a long conversation that takes longer than all the rest.
+    with create(model="", messages=[], extra_body=request) as response:
+        for event in read_events(response):
+            piece = text.feed(add_event(reply, event), reply.finish_reason)
+            agent.show(piece)
+            pieces.append(piece)
+    if not reply.finish_reason:
+        raise openai.OpenAIError(
+            "the answer broke off. If it always does: does OPENAI_BASE_URL end in /v1,"
+            " and is the conversation perhaps too long for this model?"
+        )
+    reply.message["content"] = "".join(pieces)
+    return reply
+
+
+def agent_turn(agent: Agent) -> str:
+    """Have the model answer the last message; once more if it says nothing."""
+    for _ in range(2):
+        reply = call_model(agent)
+        answer = reply.message["content"]
+        if answer.strip():
+            agent.messages.append(reply.message)
+            return answer + show_finish_note(agent, reply.finish_reason)
+    raise openai.OpenAIError(NOTES.get(reply.finish_reason, "the answer was empty"))
+
+
+def show_finish_note(agent: Agent, finish_reason: str) -> str:
+    """Show and return what a finish reason says: nothing if the answer is complete."""
+    if finish_reason == "stop":
+        return ""
+    note = NOTES.get(finish_reason, f"the answer ended with {finish_reason!r}")
+    agent.show(note, "note")
+    return f"\n[{note}]"
+
+
+def handle_message(agent: Agent, text: str) -> str | None:
+    """Answer a message. If that fails, say why, take it back, and return None."""
+    question = {"role": "user", "content": text}
+    try:
+        agent.messages.append(question)
+        return agent_turn(agent)
+    except KeyboardInterrupt:
+        reason = "stopped"
+    except Exception as error:  # a turn may fail in any way, and the loop goes on
+        reason = f"{explain(error)} - {agent.client.base_url}"
+    if list(agent.messages)[-1:] == [question]:
+        agent.messages.pop()
+    agent.show(reason, "note")
+    return None
+
+
+# Reading the response
+
+OPENING_TAG = "<think"
+CLOSING_TAG = re.compile("</think(?:ing)?>")
+
+
+def read_events(response: openai.APIResponse) -> Iterator[dict]:
+    """The JSON objects of a response: one for each event, or one without a stream."""
+    if "json" in response.headers.get("content-type", ""):
+        yield json.loads(response.read())
+        return
+    for line in read_lines(response):
+        name, _, data = line.partition(b":")
+        data = data.strip()
+        if data == b"[DONE]":
+            return
+        if name == b"data" and data:  # all else only keeps the connection open
+            yield json.loads(data)
+
+
+def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
+    """The lines of a response. (The SDK's own would also end at a U+2028 in a text.)"""
+    parts = []  # of a line that is not complete yet
+    for block in response.iter_bytes():
+        for part in block.splitlines(keepends=True):
+            parts.append(part)
+            if part.endswith(b"\n"):
+                yield b"".join(parts)
+                parts = []
+    yield b"".join(parts)
+
+
+def add_event(reply: Reply, event: dict) -> str:
+    """Note what an event says about the reply. Returns the text in it."""
+    if event.get("error"):  # after HTTP 200, even in the middle of an answer
+        raise openai.OpenAIError(f"the server reports {event['error']}")
+    reply.usage = event.get("usage") or reply.usage
+    choices = event.get("choices")
+    if not choices:
+        return ""
+    choice = choices[0]
+    reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+    delta = choice.get("delta") or choice.get("message") or {}
+    return delta.get("content") or delta.get("refusal") or ""
+
+
+class AnswerText:
+    """Turns what a server sends as the text of an answer into what a person should see.
+
+    Some models write their thoughts before the answer, between tags: they are left out.
+    Some servers send an emoji in two halves: they are joined.
+    """
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
+        self.pending = ""  # what has arrived and may still be a thought
+        self.has_begun = False
+
+    def feed(self, piece: str, finish_reason: str) -> str:
+        """Take in the next piece of text. Returns what can be shown of it.
+
+        Once there is a finish reason, this piece is the last one.
+        """
+        # In UTF-16, half an emoji is half of its bytes: the decoder waits for the rest.
+        data = piece.encode("utf-16-le", "surrogatepass")
+        text = self.decoder.decode(data, bool(finish_reason))
+        if self.has_begun:
+            return text
+        self.pending = (self.pending + text).lstrip()
+        if self.pending.startswith(OPENING_TAG):
+            _, *answer = CLOSING_TAG.split(self.pending, maxsplit=1)
+            if not answer:
+                # Keep only what may be the beginning of the closing tag.
+                self.pending = OPENING_TAG + self.pending[-12:]
+                return ""
+            self.pending = answer[0].lstrip()
+        if OPENING_TAG.startswith(self.pending) and not finish_reason:
+            return ""  # it may become a tag
+        self.has_begun = True
+        return self.pending
+
+
+# Errors and the screen
+
+HINTS = {
+    401: "check OPENAI_API_KEY",
+    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+}
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def explain(error: Exception) -> str:
+    """One line that says what went wrong, and what to check."""
+    if isinstance(error, openai.APIStatusError):
+        hint = HINTS.get(error.status_code, "")
+        text = f"HTTP {error.status_code} {hint}: {error.response.text}"
+    elif isinstance(error, openai.OpenAIError):
+        text = f"{error} {error.__cause__ or ''}"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500]
+
+
+def show(text: str, kind: str = "answer") -> None:
+    """Print a piece of an answer as it arrives, or a note on a line of its own."""
+    text = CONTROL_CHARACTERS.sub("", text)  # they could move the cursor or hide text
+    if kind != "answer":
+        text = f"\n[{text}]"
+    print(text, end="", flush=True)
+
+
+# Settings
+
+NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+
+
+def load_agent() -> Agent:
+    """Build the agent that .env and the environment describe. Exits if they cannot."""
+    try:
+        load_dotenv()
+        options = load_options()
+        client = openai.OpenAI(
+            api_key=required_setting("OPENAI_API_KEY"),
+            base_url=os.getenv("OPENAI_BASE_URL") or "https://api.openai.com/v1",
+            timeout=float(os.getenv("MODEL_TIMEOUT") or 180),  # seconds of silence
+            max_retries=0,  # retrying is a subject of its own, in s09
+        )
+        return Agent(client, options, [], show)
+    except Exception as error:  # dotenv and the SDK do not say what they may raise
+        sys.exit(
+            f"check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: {error}"
+        )
+
+
+def required_setting(name: str) -> str:
+    """The value of a setting. Exits if there is none that can be sent to a server."""
+    value = os.getenv(name, "").strip()
+    if not value or not value.isascii():
+        sys.exit(NO_MODEL)
+    return value
+
+
+def load_options() -> dict:
+    """What every request contains besides the messages."""
+    options = {
+        "model": required_setting("MODEL_ID"),
+        "stream": True,
+        **json.loads(os.getenv("MODEL_OPTIONS") or "{}"),
+    }
+    if options["stream"]:
+        options.setdefault("stream_options", {"include_usage": True})
+    return options
+
+
+# --- main ---
+
+
+def talk(handle_line: Callable) -> None:
+    """Read line after line, and have each one handled, until the person leaves."""
+    while True:
+        line = input("\nyou> ")
+        if not sys.stdin.isatty():
+            print(line)  # a pipe does not echo
+        if line.strip() in ("quit", "exit"):
+            return
+        if line.strip():
+            handle_line(line)
+
+
+def prepare_terminal() -> None:
+    """Let lines be edited and called back, and survive bytes that are no text."""
+    with suppress(ImportError):  # Windows has no readline
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+
+
+def handle_line(agent: Agent, line: str) -> None:
+    """Answer a line that the person has typed."""
+    print("agent> ", end="", flush=True)
+    handle_message(agent, line)
+    print()
+
+
+def main() -> None:
+    """Build the agent, and let it talk with the person at the terminal."""
+    prepare_terminal()
+    agent = load_agent()
+    title = __doc__.splitlines()[0]
+    print(f"{title}\n{agent.options['model']} answers; quit leaves.")
+    with suppress(EOFError, KeyboardInterrupt):  # Ctrl-D and Ctrl-C at the prompt
+        talk(partial(handle_line, agent))
+
+
+if __name__ == "__main__":
+    main()
