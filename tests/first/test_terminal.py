@@ -182,8 +182,10 @@ def test_the_terminal_is_next(post: Post):
         post.confirmed()
         screen.type("mine\n")
         screen.wait_for("agent> ")
-        gate.set()
+        if post.section.label < "s10":  # from then on it waits for nobody
+            gate.set()
         screen.wait_for("heard mine")
+        gate.set()
         assert post.questions.index("mine") <= 1, post.questions
         post.wait(50)
     assert post.told(42) == [f"heard message {number}" for number in range(50)]
