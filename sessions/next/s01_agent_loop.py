@@ -203,8 +203,8 @@ class AnswerText:
 # Errors and the screen
 
 HINTS = {
-    401: "check OPENAI_API_KEY",
-    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+    401: ", check OPENAI_API_KEY",
+    404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -215,7 +215,7 @@ def explain(error: Exception) -> str:
     """One line that says what went wrong, and what to check."""
     if isinstance(error, openai.APIStatusError):
         hint = HINTS.get(error.status_code, "")
-        text = f"HTTP {error.status_code} {hint}: {error.response.text}"
+        text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
         text = f"{error} {error.__cause__ or ''}"
     else:

@@ -50,7 +50,7 @@ NOTES = {
 }
 
 
-def do_nothing() -> None:
+def do_nothing(*arguments) -> None:
     """What a callable of the agent does until a later section replaces it."""
 
 
@@ -68,7 +68,7 @@ class Agent:
     check_path: Callable  # raises ValueError for a file that is not for tools
     system: str = ""  # instructions that stand before the conversation
     check_cancelled: Callable = do_nothing  # raises once the turn has been cancelled
-    waiting_for: object = None  # the open response, or the process that runs
+    note_waiting: Callable = do_nothing  # gets the response or process it waits for
 
 
 @dataclass
@@ -98,7 +98,7 @@ def call_model(agent: Agent) -> Reply:
     # `extra_body` is sent as it is. The SDK would check what it gets as `messages` part
     # by part, and in a long conversation that takes longer than all the rest.
     with create(model="", messages=[], extra_body=request) as response:
-        agent.waiting_for = response
+        agent.note_waiting(response)
         for event in read_events(response):
             agent.check_cancelled()
             piece = text.feed(add_event(reply, event), reply.finish_reason)
@@ -243,8 +243,8 @@ class AnswerText:
 # Errors and the screen
 
 HINTS = {
-    401: "check OPENAI_API_KEY",
-    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+    401: ", check OPENAI_API_KEY",
+    404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -255,7 +255,7 @@ def explain(error: Exception) -> str:
     """One line that says what went wrong, and what to check."""
     if isinstance(error, openai.APIStatusError):
         hint = HINTS.get(error.status_code, "")
-        text = f"HTTP {error.status_code} {hint}: {error.response.text}"
+        text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
         text = f"{error} {error.__cause__ or ''}"
     else:
@@ -619,7 +619,7 @@ def check_passage(text: str, passage: str) -> None:
     if count == 0:
         lines = [line[:100] for line in text.split("\n")[:1000]]
         nearest = difflib.get_close_matches(passage.split("\n")[0][:100], lines, n=1)
-        raise ValueError(f"old_text does not occur; the nearest line is {nearest}")
+        raise ValueError(f"old_text does not occur. Similar lines: {nearest}")
 
 
 # Commands
@@ -690,13 +690,13 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a process group of its own, to be killed as a whole
     )
-    agent.waiting_for = process
+    agent.note_waiting(process)
     output = bytearray()
     reader = threading.Thread(
         target=collect_output, args=(process, output), daemon=True
     )
     reader.start()
-    ending = f"killed after {seconds} seconds"
+    ending = f"killed after {seconds} s"
     try:
         with suppress(subprocess.TimeoutExpired):
             ending = f"exit code {process.wait(seconds)}"
@@ -727,7 +727,7 @@ def kill_command(process: subprocess.Popen) -> None:
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-def exit_on_signal(number: int, frame: object) -> None:
+def exit_on_signal(number, frame) -> None:
     """End the program on a signal as `exit` would, through every `finally`."""
     sys.exit(128 + number)
 

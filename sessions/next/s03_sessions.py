@@ -53,7 +53,7 @@ NOTES = {
 }
 
 
-def do_nothing() -> None:
+def do_nothing(*arguments) -> None:
     """What a callable of the agent does until a later section replaces it."""
 
 
@@ -71,7 +71,7 @@ class Agent:
     check_path: Callable  # raises ValueError for a file that is not for tools
     system: str = ""  # instructions that stand before the conversation
     check_cancelled: Callable = do_nothing  # raises once the turn has been cancelled
-    waiting_for: object = None  # the open response, or the process that runs
+    note_waiting: Callable = do_nothing  # gets the response or process it waits for
     session_key: str = "agent:main:main"  # whose conversation it is
     store: "SessionStore | None" = None
     guard: "ContextGuard | None" = None
@@ -104,7 +104,7 @@ def call_model(agent: Agent) -> Reply:
     # `extra_body` is sent as it is. The SDK would check what it gets as `messages` part
     # by part, and in a long conversation that takes longer than all the rest.
     with create(model="", messages=[], extra_body=request) as response:
-        agent.waiting_for = response
+        agent.note_waiting(response)
         for event in read_events(response):
             agent.check_cancelled()
             piece = text.feed(add_event(reply, event), reply.finish_reason)
@@ -249,8 +249,8 @@ class AnswerText:
 # Errors and the screen
 
 HINTS = {
-    401: "check OPENAI_API_KEY",
-    404: "check MODEL_ID, and OPENAI_BASE_URL (most end in /v1)",
+    401: ", check OPENAI_API_KEY",
+    404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -261,7 +261,7 @@ def explain(error: Exception) -> str:
     """One line that says what went wrong, and what to check."""
     if isinstance(error, openai.APIStatusError):
         hint = HINTS.get(error.status_code, "")
-        text = f"HTTP {error.status_code} {hint}: {error.response.text}"
+        text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
         text = f"{error} {error.__cause__ or ''}"
     else:
@@ -625,7 +625,7 @@ def check_passage(text: str, passage: str) -> None:
     if count == 0:
         lines = [line[:100] for line in text.split("\n")[:1000]]
         nearest = difflib.get_close_matches(passage.split("\n")[0][:100], lines, n=1)
-        raise ValueError(f"old_text does not occur; the nearest line is {nearest}")
+        raise ValueError(f"old_text does not occur. Similar lines: {nearest}")
 
 
 # Commands
@@ -696,13 +696,13 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a process group of its own, to be killed as a whole
     )
-    agent.waiting_for = process
+    agent.note_waiting(process)
     output = bytearray()
     reader = threading.Thread(
         target=collect_output, args=(process, output), daemon=True
     )
     reader.start()
-    ending = f"killed after {seconds} seconds"
+    ending = f"killed after {seconds} s"
     try:
         with suppress(subprocess.TimeoutExpired):
             ending = f"exit code {process.wait(seconds)}"
@@ -733,7 +733,7 @@ def kill_command(process: subprocess.Popen) -> None:
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-def exit_on_signal(number: int, frame: object) -> None:
+def exit_on_signal(number, frame) -> None:
     """End the program on a signal as `exit` would, through every `finally`."""
     sys.exit(128 + number)
 
@@ -741,6 +741,8 @@ def exit_on_signal(number: int, frame: object) -> None:
 # --- s03: sessions and context ---
 
 # The log of a conversation
+
+RECORD = pydantic.TypeAdapter(dict)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -759,9 +761,6 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
-RECORD = pydantic.TypeAdapter(dict)
-
-
 class Session:
     """One conversation: a list of messages. Each change is in its log first."""
 
@@ -769,15 +768,11 @@ class Session:
         self.path = path
         self.label = ""
         self.messages: list[dict] = []
-        self.windows: dict[
-            str, int
-        ] = {}  # in tokens, as the models' servers stated them
+        self.windows = {}  # for each model, in tokens, as its server has stated it
         self.lock = threading.Lock()
         for record in read_records(path):
             self.apply(record)
-        repaired = repair_history(self.messages)
-        if repaired != self.messages:
-            self.replace_all(repaired, "repaired")
+        self.replace_all(repair_history(self.messages), "repaired")
 
     def __iter__(self) -> Iterator[dict]:
         return iter(self.messages)
@@ -786,7 +781,8 @@ class Session:
         return len(self.messages)
 
     def __str__(self) -> str:
-        return f"session {self.path.stem}, messages: {len(self)}. {self.label}"
+        text = f"session {self.path.stem}, messages: {len(self)}, {self.label}"
+        return text.removesuffix(", ")
 
     def append(self, message: dict) -> None:
         """Add a message."""
@@ -801,8 +797,9 @@ class Session:
             self.apply(record)
 
     def replace_all(self, messages: list[dict], why: str) -> None:
-        """Put other messages in place of all. The log keeps the old ones."""
-        self.commit({"type": "compaction", "why": why, "messages": messages})
+        """Put other messages in place of all, if they differ. The log keeps the old."""
+        if messages != self.messages:
+            self.commit({"type": "compaction", "why": why, "messages": messages})
 
     def set_window(self, model: str, tokens: int) -> None:
         """Remember how many tokens a model takes."""
@@ -884,6 +881,9 @@ def add_missing_results(messages: list[dict]) -> None:
         messages.append(tool_result(call, INTERRUPTED))
 
 
+INDEX = pydantic.TypeAdapter(dict[str, str])
+
+
 class SessionStore:
     """The sessions of one agent, and which of them a session key means now."""
 
@@ -942,9 +942,6 @@ class SessionStore:
         replace_file(self.index, json.dumps(index))
 
 
-INDEX = pydantic.TypeAdapter(dict[str, str])
-
-
 def read_header(path: Path) -> dict:
     """The first record of a log. Empty if it cannot be read."""
     try:
@@ -954,10 +951,13 @@ def read_header(path: Path) -> dict:
         return {}
 
 
+LOCKS = []  # files that stay open
+
+
 def lock_workspace(folder: Path) -> None:
     """Own a workspace while the process lives. Exits if another process owns it."""
     lock = open(folder / ".lock", "a+")  # noqa: SIM115
-    LOCKS.append(lock)  # an open file keeps the lock
+    LOCKS.append(lock)
     try:
         import fcntl
 
@@ -970,9 +970,6 @@ def lock_workspace(folder: Path) -> None:
     lock.truncate(0)
     lock.write(f"{__doc__[:3]}, process {os.getpid()}")
     lock.flush()
-
-
-LOCKS = []
 
 
 # Keeping requests inside the model's window
@@ -1074,7 +1071,7 @@ class ContextGuard:
         """Correct the estimates by the tokens that the server has counted."""
         match reply.usage:
             case {"prompt_tokens": int(counted)}:
-                factor = self.tokens_per_estimate * counted / max(estimate, 1)
+                factor = self.tokens_per_estimate * counted / estimate
                 self.tokens_per_estimate = min(max(factor, 0.25), 4)
 
     def shorten_results(self, agent: Agent, limit: int) -> None:
@@ -1126,8 +1123,9 @@ class ContextGuard:
         """The model's summary of messages. Raises OpenAIError if it gives none."""
         lines = []
         for message in messages:
-            calls = [call["function"] for call in message.get("tool_calls", [])]
-            lines.append(f"{message['role']}: {message['content']} {calls or ''}")
+            lines.append(f"{message['role']}: {message['content']}")
+            for call in message.get("tool_calls", []):
+                lines.append(f"tool call: {call['function']}")
         transcript = cut_tokens("\n".join(lines), self.room(agent) // 2)
         request = {"role": "user", "content": f"{SUMMARIZE}\n\n{transcript}"}
         helper = replace(agent, messages=[request], tools=[], show=lambda *_: None)
@@ -1169,7 +1167,7 @@ def error_text(error: openai.OpenAIError) -> str:
     if not isinstance(body, dict):
         return f"{error} {body}"
     names = ("code", "type", "message", "metadata", "n_ctx")
-    return str({name: body.get(name) for name in names})
+    return str({name: body[name] for name in names if name in body})
 
 
 # Commands
