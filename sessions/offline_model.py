@@ -443,6 +443,8 @@ def run_command(chat: Conversation, match: re.Match) -> Outcome:
 
 
 def list_files(chat: Conversation, match: re.Match) -> Outcome:
+    if "list_files" in chat.tools:
+        return plan_call(chat, "list_files")
     command = "dir" if os.name == "nt" else "ls"
     return plan_call(chat, "bash", command)
 
