@@ -984,12 +984,14 @@ OVERFLOW = re.compile(
     "context.?(length|size|window|limit)|n_ctx|tokens_limit|token limit"
     "|maximum (input|prompt|model) length|maximum number of tokens|max_prompt_tokens"
     "|max_seq_len|(input|prompt).{0,30}(too long|exceeds? (max|the)|length should be)"
-    "|input tokens exceed|too many (input )?tokens|more than max tokens",
+    "|input tokens exceed|too many (input )?tokens|more than max tokens|model maximum"
+    "|reduce the length of the messages|length of all messages|max_new_tokens. must be",
     re.IGNORECASE,
 )
 STATED_WINDOW = re.compile(
-    r"(?:n_ctx\W{1,4}|> |\[1, |context size \(|context length \(?(?:of|is|only| )*"
-    r"|(?:limit|length|tokens allowed|max_\w+)(?: of| is|:)? \(?)(\d{3,})"
+    r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
+    r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
+    r"|(?:tokens allowed|max_\w+)(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
 )
 SUMMARIZE = """Summarize this conversation for the assistant who has to go on with it.
 Keep names, numbers, paths, decisions, what was done, what failed and what is still to
