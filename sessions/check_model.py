@@ -19,7 +19,7 @@
 Each check gets a mark. The marks other than ok are explained below the table. If .env
 names several servers (section 9), the first one is checked.
 
-It costs about 14 requests, some 6,000 tokens in all, and at most eight requests more if
+It costs about 14 requests, some 5,000 tokens in all, and at most eight requests more if
 the server fails. --context adds one request of about nine tenths of CONTEXT_TOKENS:
 with 128000 some 115,000 tokens, which cost money or, on a machine of your own, minutes.
 A server that falls silent costs MODEL_TIMEOUT seconds at a time, but no more than 60 if
@@ -97,43 +97,30 @@ LIMIT = 2048  # tokens of an answer, if the server has to be told
 PERMANENT = (ContextOverflow, ValueError, LookupError, TypeError, AttributeError)
 
 
-class Probe:
-    """The configured server, and what came of asking it so far."""
+class Recorder:
+    """Takes the place of functions of the section, and notes what passes through."""
 
-    def __init__(self, agent: object, window: int, with_context: bool) -> None:
-        self.agent = agent
-        self.window = window  # in tokens, as CONTEXT_TOKENS says
-        self.real_window = window  # or less, if anything so far speaks for it
-        self.stated_window = 0  # in the server's list of models
-        self.with_context = with_context
-        self.seconds = agent.client.timeout  # how long an answer may take
-        self.similar_model = ""  # if MODEL_ID is not listed
-        self.replies: list[tuple] = []  # each with the pieces of its tool calls
-        self.pieces: list[dict] = []  # of tool calls, in the last reply
-        self.events: list[dict] = []  # of the last reply
-        self.is_stream = False  # whether these came as a stream
-        self.session = None  # of the last turn
-        self.keep_alives = 0
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # how long an answer may take
         self.requests = 0
         self.tokens_sent = 0
-        self.failures: list[str] = []  # of requests that were made again
-        self.refusal = ""  # why this check had to change the options
-        self.env_lines: dict[str, str] = {}
-        self.options_help = False  # whether the changed options belong into .env
+        self.events: list[dict] = []  # of the last reply
+        self.is_stream = False  # whether these came as a stream
+        self.pieces: list[dict] = []  # of tool calls, in the last reply
+        self.replies: list[tuple] = []  # each with the pieces of its tool calls
+        self.keep_alives = 0
         SECTION.call_model = self.call_model
         SECTION.read_events = self.read_events
         SECTION.read_lines = self.read_lines
         SECTION.merge_tool_call_delta = self.merge_tool_call_delta
-
-    # What the section calls in place of its own: the same, and a note of what passes
 
     def call_model(self, agent: object) -> object:
         messages = SECTION.request_messages(agent)
         self.requests += 1
         self.tokens_sent += estimate_tokens([agent.tools, messages])
         self.events = []
-        self.pieces = []
         self.is_stream = False
+        self.pieces = []
         reply = call_model(agent)
         self.replies.append((reply, self.pieces))
         return reply
@@ -160,7 +147,23 @@ class Probe:
         self.pieces.append(piece)
         merge_tool_call_delta(reply, piece, position)
 
-    # Requests
+
+class Probe(Recorder):
+    """The configured server, and what came of asking it so far."""
+
+    def __init__(self, agent: object, window: int, with_context: bool) -> None:
+        super().__init__(agent.client.timeout)
+        self.agent = agent
+        self.window = window  # in tokens, as CONTEXT_TOKENS says
+        self.real_window = window  # or less, if anything so far speaks for it
+        self.stated_window = 0  # in the server's list of models
+        self.with_context = with_context
+        self.similar_model = ""  # if MODEL_ID is not listed
+        self.session = None  # of the last turn
+        self.failures: list[str] = []  # of requests that were made again
+        self.refusal = ""  # why this check had to change the options
+        self.env_lines: dict[str, str] = {}
+        self.options_help = False  # whether the changed options belong into .env
 
     def conversation(
         self, messages: list[dict], tools: list[dict] = (), system: str = ""
@@ -225,8 +228,9 @@ class Probe:
 
     def is_lasting(self, error: Exception) -> bool:
         """Whether the last requests, too, have failed in the same way."""
-        times = 1 if isinstance(error, openai.APITimeoutError) else 2
-        return self.failures[-times:] == [short_reason(error)] * times
+        reason = short_reason(error)
+        times = 1 if "time" in reason.lower() else 2  # silence is slow to find out
+        return self.failures[-times:] == [reason] * times
 
     def allow_silence(self, seconds: float) -> None:
         self.agent.client = self.agent.client.with_options(timeout=seconds)
@@ -258,7 +262,8 @@ def short_reason(error: Exception) -> str:
 
 def is_temporary(error: Exception) -> bool:
     """Whether the same request may well succeed a little later."""
-    if re.search("quota|billing", f"{getattr(error, 'code', '')} {error}"):
+    kind = f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
+    if "quota" in kind or "billing" in kind:
         return False
     status = getattr(error, "status_code", None)
     if status:
@@ -300,7 +305,8 @@ def with_limit(probe: Probe) -> dict:
     name = "max_tokens"
     if "max_completion_tokens" in options:
         name = "max_completion_tokens"
-    return options | {name: min(LIMIT, probe.real_window // 4)}
+    limit = min(LIMIT, probe.real_window // 4)
+    return options | {name: max(limit, options.get(name) or 0)}
 
 
 # --- checks ---
@@ -712,7 +718,7 @@ MARKS = {
 NO_TOOLS = "without tools: no files, commands, notes, skills"
 ODD_CALLS = "tool calls fail (see s02)"
 MENDED = "without the MODEL_OPTIONS below"
-ALL = 99  # no section's number
+NO_SECTION = 99
 
 
 @dataclass
@@ -736,7 +742,7 @@ CHECKS = [
     Check("tool call", check_tool, 2, "offering tools", NO_TOOLS),
     Check("parallel calls", check_parallel, 2, "tool call", ODD_CALLS),
     Check("number argument", check_number, 2, "tool call", ODD_CALLS),
-    Check("nested arguments", check_nested, ALL, "tool call"),
+    Check("nested arguments", check_nested, NO_SECTION, "tool call"),
     Check("summary", check_summary, 3, "", "summaries fail (see s03)"),
     Check("context", check_context, 3, "", "long conversations go wrong (see s03)"),
     Check("system prompt", check_system, 6),

@@ -304,6 +304,14 @@ def test_the_window_that_a_server_tells(fake_model: FakeModel, run: Callable):
     assert run(serve(fake_model, CONTEXT_TOKENS="8192")).verdicts["s03"] == "yes"
 
 
+def test_the_window_of_the_only_model(fake_model: FakeModel, run: Callable):
+    """llama.cpp lists its model by another name than the one that it is asked for."""
+    models = [{"id": "/models/tiny.gguf", "meta": {"n_ctx": 4096, "n_ctx_train": 8192}}]
+    fake_model.script("", [Json200({"data": models})], repeat=True)
+    report = run(serve(fake_model), only=("reachable", "context"))
+    assert report.lines == {"CONTEXT_TOKENS": "4096"}
+
+
 def test_a_window_that_drops_silently(fake_model: FakeModel, run: Callable):
     def forgetful(body: dict) -> Item:
         if len(json.dumps(body["messages"])) < 8000:
@@ -487,7 +495,7 @@ def test_settings_as_the_sections_want_them(
 @pytest.mark.parametrize(
     ("flag", "status", "told"),
     [
-        ("-h", 0, "some 6,000 tokens"),
+        ("-h", 0, "some 5,000 tokens"),
         (
             "--all",
             2,
@@ -713,6 +721,20 @@ def test_thoughts_that_leave_no_room(fake_model: FakeModel, run: Callable):
     )
     assert report.verdicts["s01"].startswith(start)
     assert report.lines == {"MODEL_OPTIONS": "'{\"max_tokens\": 2048}'"}
+
+
+def test_a_limit_is_not_lowered(fake_model: FakeModel, run: Callable):
+    env = serve(
+        fake_model,
+        lambda body: Text("", "length"),
+        MODEL_OPTIONS='{"max_tokens": 9000}',
+    )
+    report = run(env)
+    assert report.verdicts["s01"].startswith(
+        "no: the answer was cut at the length limit"
+    )
+    assert {chat.body["max_tokens"] for chat in fake_model.chats} == {9000}
+    assert not report.lines
 
 
 def test_answers_that_stay_cut(fake_model: FakeModel, run: Callable):
