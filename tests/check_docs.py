@@ -48,6 +48,14 @@ def prose(doc: str) -> str:
     return FENCE.sub(lambda match: "\n" * match[0].count("\n"), doc)
 
 
+def chapter(doc: str, heading: str) -> str:
+    """What stands below a heading of the second level; "" if there is none."""
+    for part in re.split(r"^## +", doc, flags=re.M)[1:]:
+        if part.partition("\n")[0].strip() == heading:
+            return part
+    return ""
+
+
 def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 

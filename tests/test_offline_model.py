@@ -450,6 +450,12 @@ def test_what_becomes_a_tool_call(
     ]
 
 
+def test_files_are_listed_by_a_tool_for_it_if_there_is_one(server: SimpleNamespace):
+    tools = [*TOOLS, tool("list_files", "pattern")]
+    calls = outcome(server, messages=[user("list the files")], tools=tools)[1]
+    assert [call[1:] for call in calls] == [["list_files", "{}"]]
+
+
 def test_two_files_are_read_in_one_round(server: SimpleNamespace):
     question = [user("what is in SOUL.md and USER.md?")]
     calls = outcome(server, messages=question, tools=TOOLS)[1]
