@@ -61,6 +61,24 @@ def send(server: FakeTelegram, text: str, chat_id: int = 42, **more: Any) -> Any
     return use(server, lambda bot: bot.send_message(chat_id, text, **more))
 
 
+def polls_of(server: FakeTelegram) -> int:
+    return [method for method, _ in server.calls].count("getUpdates")
+
+
+async def polls(server: FakeTelegram, count: int) -> None:
+    """Wait until so many polls have come in."""
+    await asyncio.to_thread(server.until, lambda: polls_of(server) >= count)
+
+
+async def back_again(bot: Bot) -> tuple:
+    """The updates, as soon as the server is there again."""
+    while True:
+        try:
+            return await bot.get_updates()
+        except NetworkError:
+            await asyncio.sleep(0.02)
+
+
 def test_get_me_and_tokens(server: FakeTelegram):
     me = use(server, lambda bot: bot.get_me())
     assert (me.id, me.username, me.is_bot) == (server.bot_id, server.bot_username, True)
@@ -116,14 +134,15 @@ def test_the_older_of_two_polls_ends(server: FakeTelegram):
     async def two(bot: Bot) -> None:
         async with client(server) as other:
             older = asyncio.create_task(bot.get_updates(timeout=30))
-            await asyncio.sleep(0.1)
+            await polls(server, 1)
             assert await other.get_updates() == ()
             with pytest.raises(Conflict, match="only one bot instance"):
                 await older
 
     async def given_up(bot: Bot) -> None:
+        before = polls_of(server)
         poll = asyncio.create_task(bot.get_updates(timeout=30))
-        await asyncio.sleep(0.1)
+        await polls(server, before + 1)
         poll.cancel()
         await asyncio.wait([poll])
         await bot.get_updates()
@@ -247,12 +266,12 @@ def test_flood_control(server: FakeTelegram, monkeypatch: pytest.MonkeyPatch):
             assert caught.value.retry_after.total_seconds() == 1
             assert bool(server.problems) == early
         await bot.send_message(43, "hi")
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1)
         await bot.send_message(42, "hi")
 
     server.know(42)
     server.know(43)
-    server.flood(42, seconds=0.6)
+    server.flood(42, seconds=1)
     use(server, hurry)
     assert [sent.chat_id for sent in server.sent] == [43, 42]
     assert len(server.problems) == 1
@@ -288,14 +307,13 @@ def test_faults(server: FakeTelegram):
 def test_outages(server: FakeTelegram, port: bool):
     async def through(bot: Bot) -> None:
         waiting = asyncio.create_task(bot.get_updates(timeout=30))
-        await asyncio.sleep(0.1)
+        await polls(server, 1)
         server.outage(0.5, port)
         server.say("hi")
         for attempt in (waiting, bot.get_updates()):
             with pytest.raises(NetworkError):
                 await attempt
-        await asyncio.sleep(0.6)
-        assert [update.message.text for update in await bot.get_updates()] == ["hi"]
+        assert [update.message.text for update in await back_again(bot)] == ["hi"]
 
     server.poll_cap = 30
     use(server, through)
