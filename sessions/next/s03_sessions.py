@@ -996,8 +996,6 @@ STATED_WINDOW = re.compile(
 SUMMARIZE = """Summarize this conversation for the assistant who has to go on with it.
 Keep names, numbers, paths, decisions, what was done, what failed and what is still to
 do. At most 300 words."""
-
-
 TOO_LONG = "this is too long for the model's window: say less, or begin anew with /new"
 
 
@@ -1087,8 +1085,7 @@ class ContextGuard:
         shortened = []
         for message in agent.messages:
             if message["role"] == "tool":
-                content = cut_tokens(message["content"], limit)
-                message = message | {"content": content}
+                message = message | {"content": cut_tokens(message["content"], limit)}
             shortened.append(message)
         agent.messages.replace_all(shortened, "shortened")
 
@@ -1104,6 +1101,8 @@ class ContextGuard:
         note = f"messages that became a summary: {start}"
         try:
             summary = self.summarize(agent, messages[:start])
+        except openai.APIConnectionError:
+            raise  # there may be a summary when the server is back
         except openai.OpenAIError as error:
             if not may_drop:
                 raise
@@ -1174,8 +1173,8 @@ def error_text(error: openai.OpenAIError) -> str:
     body = getattr(error, "body", None)
     if not isinstance(body, dict):
         return f"{error} {body}"
-    names = ("code", "type", "message", "metadata", "n_ctx")
-    return str({name: body[name] for name in names if name in body})
+    fields = ("code", "type", "message", "metadata", "n_ctx")
+    return str([(field, body[field]) for field in fields if field in body])
 
 
 # Commands
