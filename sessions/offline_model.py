@@ -782,10 +782,7 @@ def next_calls(plan: Plan, rounds: Plan) -> list[Call]:
 def explain_missing_tool(chat: Conversation, name: str) -> str:
     """Why a tool is not called that the request does not offer."""
     if not chat.tools and name in ABILITIES:
-        return (
-            f"I cannot {ABILITIES[name]} yet: that comes with section 2,"
-            " where I get tools. So far I can only talk."
-        )
+        return f"I cannot {ABILITIES[name]} yet: that comes with section 2."
     return f"I have no tool named {name} here."
 
 
