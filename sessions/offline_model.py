@@ -1188,7 +1188,7 @@ def completion_events(answer: Answer) -> list[dict]:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Say in one line what is wrong, and end the program."""
-    print(f"offline_model.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 

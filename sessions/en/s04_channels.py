@@ -1302,7 +1302,8 @@ class CLIChannel(Channel):
         try:
             return input(self.prompt)
         finally:
-            self.prompting = False
+            with self.lock:  # what is just being printed above the line comes to its end
+                self.prompting = False
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Print a text: at once if the prompt is waiting, else before it comes again."""
@@ -1786,7 +1787,8 @@ class App:
         """Answer what comes in, one message after the other; the outermost loop of its thread."""
         while True:
             self.attend(self.inbox.queue.get())
-            time.sleep(0.01)  # a lock is not fair: let the terminal have its turn
+            while not self.cli.prompting:  # the terminal is next; a lock alone is not fair
+                time.sleep(0.01)
 
     def attend(self, message: InboundMessage) -> None:
         """Answer a message; whatever goes wrong, as of a full disk, it stays in the inbox."""

@@ -1350,7 +1350,8 @@ class CLIChannel(Channel):
         try:
             return input(self.prompt)
         finally:
-            self.prompting = False
+            with self.lock:  # what is just being printed above the line comes to its end
+                self.prompting = False
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Print a text: at once if the prompt is waiting, else before it comes again."""
