@@ -367,11 +367,8 @@ def header(source: str) -> dict | None:
     return tomllib.loads("\n".join(lines))
 
 
-def header_problems(section: Section, is_exact: bool = True) -> Iterator[str]:
-    """The header asks for 3.11 and exactly what the script imports, one per line.
-
-    That of a program which runs sections lists what those need, too: then it is not exact.
-    """
+def header_problems(section: Section) -> Iterator[str]:
+    """The header asks for 3.11 and exactly what the script imports, one per line."""
     source, label = section.source, section.label
     data = header(source)
     if data is None or not source.startswith("# /// script\n"):
@@ -390,7 +387,7 @@ def header_problems(section: Section, is_exact: bool = True) -> Iterator[str]:
     names = set(requirements(listed))
     for name in sorted(needed - names):
         yield f"{label}: imports {name}, which its header does not list"
-    for name in sorted(names - needed) if is_exact else ():
+    for name in sorted(names - needed):
         yield f"{label}: its header lists {name}, which it does not import"
 
 

@@ -16,8 +16,13 @@ from harness import pipe
 from harness import sections
 
 SECTIONS = [section for section in sections(NEXT) if section.doc.exists()]
-# What a doc may name besides its script: the programs and settings of the repository.
-BESIDE = [*REPO.glob("sessions/*.py"), REPO / ".env.example", REPO / "README.md"]
+# What a doc may name besides its script: programs, settings, exercises.
+BESIDE = [
+    *REPO.glob("sessions/*.py"),
+    *REPO.glob("tests/exercises/*.py"),
+    REPO / ".env.example",
+    REPO / "README.md",
+]
 HEADINGS = ["The problem", "Try it", "Exercises", "How OpenClaw does it"]
 each_doc = pytest.mark.parametrize("lesson", SECTIONS, ids=lambda s: s.label)
 TRANSCRIPTS = [

@@ -34,6 +34,7 @@ DENSITY, KNOTS, LENGTH = 6.3, 7, 45
 each_pair = pytest.mark.parametrize(
     ("before", "after"), PAIRS, ids=[section.label for section in SECTIONS]
 )
+each_section = pytest.mark.parametrize("lesson", SECTIONS, ids=lambda s: s.label)
 each_script = pytest.mark.parametrize(
     "path",
     [*(s.path for s in SECTIONS), *(path for path in COMPANIONS if path.exists())],
@@ -96,11 +97,10 @@ def test_bands(before: Section | None, after: Section):
     none(check_steps.place_problems(before, after, elsewhere))
 
 
-@each_script
-def test_header_and_imports(path: Path):
-    is_exact = path not in COMPANIONS
-    none(check_steps.header_problems(Section(path), is_exact))
-    none(check_steps.standalone_problems(Section(path)))
+@each_section
+def test_header_and_imports(lesson: Section):
+    none(check_steps.header_problems(lesson))
+    none(check_steps.standalone_problems(lesson))
 
 
 def test_requirements():
