@@ -997,7 +997,7 @@ OVERFLOW = re.compile(
 STATED_WINDOW = re.compile(
     r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
     r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
-    r"|(?:tokens allowed|max_\w+)(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
+    r"|(?:tokens allowed|max_\w{1,20})(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
 )
 SUMMARIZE = """Summarize this conversation for the assistant who has to go on with it.
 Keep names, numbers, paths, decisions, what was done, what failed and what is still to
@@ -1169,7 +1169,7 @@ def is_overflow(error: openai.OpenAIError) -> bool:
     status = getattr(error, "status_code", None)  # none in the middle of a stream
     if status not in (None, 400, 413, 500):
         return False
-    if "parameter" in str(getattr(error, "code", "")):
+    if str(getattr(error, "code", "")).startswith(("unknown_", "unsupported_")):
         return False  # it does not know a field such as context_length
     return status == 413 or bool(OVERFLOW.search(error_text(error)))
 
