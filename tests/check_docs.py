@@ -201,7 +201,7 @@ FIELD = re.compile(r"[A-Za-z_]+(?:_[A-Za-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z]+)+")
 
 
 def width_problems(doc: str, most: int = 100) -> Iterator[str]:
-    """Lines of prose are no longer than this; tables and links that stand alone are free."""
+    """Lines of prose are no longer than this; tables and lone links are free."""
     for number, line in enumerate(prose(doc).splitlines(), 1):
         is_free = line.startswith("|") or re.fullmatch(r"\S+", line.strip())
         if len(line) > most and not is_free:
@@ -220,7 +220,7 @@ def json_values(text: str) -> list:
 
 
 def json_problems(doc: str) -> Iterator[str]:
-    """Each json block is one JSON value or several; each line of a jsonl block is one."""
+    """A json block is one or more JSON values; each line of a jsonl block is one."""
     for block in blocks(doc, "json"):
         try:
             json_values(block.text)
@@ -242,7 +242,8 @@ def schema_problems(doc: str, tools: list[dict]) -> Iterator[str]:
             if isinstance(value, dict) and isinstance(value.get("function"), dict):
                 name = value["function"].get("name")
                 if "parameters" in value["function"] and known.get(name) != value:
-                    yield f"line {block.line}: {name} is {known.get(name)} in the script"
+                    actual = known.get(name)
+                    yield f"line {block.line}: {name} is {actual} in the script"
 
 
 def constant_problems(doc: str, values: dict) -> Iterator[str]:
@@ -254,7 +255,7 @@ def constant_problems(doc: str, values: dict) -> Iterator[str]:
 
 
 def stale_name_problems(doc: str, sources: Iterable[str]) -> Iterator[str]:
-    """Names in backticks, such as `call_model` or `AnswerText`, are somewhere in the code."""
+    """Names in backticks, such as `call_model`, are somewhere in the code."""
     code = "\n".join(sources)
     known = set(
         re.findall(r"\w+", code + "".join(match[0] for match in FENCE.finditer(doc)))

@@ -121,7 +121,7 @@ def same(expected: list[str], actual: list[str]) -> bool:
 
 
 def real_ids(expected: list[str], actual: list[str]) -> dict[str, str] | None:
-    """What the ids of the doc are on the screen; None if it is not the one that is expected."""
+    """What the ids of the doc are on the screen; None if it is another screen."""
     ids: dict[str, str] = {}
     whole = "".join(
         r"(?:.*\n)*?" if line == "..." else pattern_of(line, ids) + r"\n"

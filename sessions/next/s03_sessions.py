@@ -1169,7 +1169,7 @@ def is_overflow(error: openai.OpenAIError) -> bool:
     status = getattr(error, "status_code", None)  # none in the middle of a stream
     if status not in (None, 400, 413, 500):
         return False
-    if str(getattr(error, "code", "")).startswith(("unknown_", "unsupported_")):
+    if str(getattr(error, "code", "")).endswith("_parameter"):
         return False  # it does not know a field such as context_length
     return status == 413 or bool(OVERFLOW.search(error_text(error)))
 
