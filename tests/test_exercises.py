@@ -153,5 +153,6 @@ def test_a_script_that_cannot_be_checked(tmp_path: Path, text: str | None, told:
 def test_without_a_script_nothing_is_run():
     alone = run_exercises(FOLDER)
     assert "--script path/to/mine.py" in alone.stdout and "no tests ran" in alone.stdout
-    whole = run_exercises("tests", "--ignore-glob=tests/test_*.py", "-n", "0")
+    ignored = ("--ignore-glob=tests/test_*.py", "--ignore=tests/first")
+    whole = run_exercises("tests", *ignored, "-n", "0")
     assert "no tests ran" in whole.stdout and "--script" not in whole.stdout, whole

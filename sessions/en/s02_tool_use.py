@@ -185,6 +185,10 @@ TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 PATH = "the file, relative to the workspace"
+# What the program, here or in a later section, keeps for itself in the workspace.
+OWN = re.compile(
+    r"\.|(cron|delivery-queue|bindings\.jsonl[^/]*)(/|$)|agents/[^/]+/\.", re.IGNORECASE
+)
 SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
 TOOLS: list[dict] = []
 TOOL_HANDLERS: dict[str, Callable[..., str]] = {}
@@ -352,8 +356,8 @@ def workspace_path(agent: Agent, path: str) -> Path:
     file = (agent.workspace / path).resolve()
     if not file.is_relative_to(agent.workspace):
         raise ValueError(f"{path} is outside the workspace")
-    if file.relative_to(agent.workspace).as_posix().startswith("."):
-        raise ValueError(f"{path} is not for tools: names with a leading dot are the program's own")
+    if OWN.match(file.relative_to(agent.workspace).as_posix()):
+        raise ValueError(f"{path} is not for tools: the program keeps its own state there")
     return file
 
 

@@ -198,6 +198,10 @@ TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 PATH = "the file, relative to the workspace"
+# What the program, here or in a later section, keeps for itself in the workspace.
+OWN = re.compile(
+    r"\.|(cron|delivery-queue|bindings\.jsonl[^/]*)(/|$)|agents/[^/]+/\.", re.IGNORECASE
+)
 SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
 TOOLS: list[dict] = []
 TOOL_HANDLERS: dict[str, Callable[..., str]] = {}
@@ -365,8 +369,8 @@ def workspace_path(agent: Agent, path: str) -> Path:
     file = (agent.workspace / path).resolve()
     if not file.is_relative_to(agent.workspace):
         raise ValueError(f"{path} is outside the workspace")
-    if file.relative_to(agent.workspace).as_posix().startswith("."):
-        raise ValueError(f"{path} is not for tools: names with a leading dot are the program's own")
+    if OWN.match(file.relative_to(agent.workspace).as_posix()):
+        raise ValueError(f"{path} is not for tools: the program keeps its own state there")
     return file
 
 
@@ -564,11 +568,22 @@ class Journal:
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append({} | json.loads(line))  # TypeError unless it is an object
+                record = json.loads(line, **READ_NUMBERS)
+                records.append({} | record)  # TypeError unless it is an object
             except (TypeError, ValueError, RecursionError):
                 records.append({})  # so that a record's number is its line's
                 show(f"[{self.path.name}, line {number}: damaged, left out]\n")
         return records
+
+
+def read_number(text: str) -> int | float:
+    """A number of a journal. Raises ValueError for one that overflows where it is used."""
+    if not abs(float(text)) < 1e18:
+        raise ValueError(f"{text[:20]} is no time, size or count")
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+READ_NUMBERS = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), read_number)
 
 
 class Session(list):

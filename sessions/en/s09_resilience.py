@@ -273,6 +273,10 @@ TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 PATH = "the file, relative to the workspace"
+# What the program, here or in a later section, keeps for itself in the workspace.
+OWN = re.compile(
+    r"\.|(cron|delivery-queue|bindings\.jsonl[^/]*)(/|$)|agents/[^/]+/\.", re.IGNORECASE
+)
 SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
 TOOLS: list[dict] = []
 TOOL_HANDLERS: dict[str, Callable[..., str]] = {}
@@ -440,8 +444,8 @@ def workspace_path(agent: Agent, path: str) -> Path:
     file = (agent.workspace / path).resolve()
     if not file.is_relative_to(agent.workspace):
         raise ValueError(f"{path} is outside the workspace")
-    if file.relative_to(agent.workspace).as_posix().startswith("."):
-        raise ValueError(f"{path} is not for tools: names with a leading dot are the program's own")
+    if OWN.match(file.relative_to(agent.workspace).as_posix()):
+        raise ValueError(f"{path} is not for tools: the program keeps its own state there")
     return file
 
 
@@ -645,11 +649,22 @@ class Journal:
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append({} | json.loads(line))  # TypeError unless it is an object
+                record = json.loads(line, **READ_NUMBERS)
+                records.append({} | record)  # TypeError unless it is an object
             except (TypeError, ValueError, RecursionError):
                 records.append({})  # so that a record's number is its line's
                 show(f"[{self.path.name}, line {number}: damaged, left out]\n")
         return records
+
+
+def read_number(text: str) -> int | float:
+    """A number of a journal. Raises ValueError for one that overflows where it is used."""
+    if not abs(float(text)) < 1e18:
+        raise ValueError(f"{text[:20]} is no time, size or count")
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+READ_NUMBERS = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), read_number)
 
 
 class Session(list):
@@ -1082,6 +1097,12 @@ class InboundMessage:
     kind: str = "direct"  # or group
     sender: str = ""
     guild: str = ""  # a server or team of many chats; in Feishu the tenant
+
+    def __post_init__(self) -> None:
+        """Raise TypeError unless all of it is text: it may come from a file."""
+        texts = [*self.ids, *(value for name, value in vars(self).items() if name != "ids")]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
 
     @property
     def said(self) -> str:
@@ -2928,6 +2949,7 @@ def readable_path(agent: Agent, path: str) -> Path:
     """A file that may be read: of a skill, wherever that is, or of the workspace."""
     file = (agent.workspace / Path(path).expanduser()).resolve()
     folders = (skill.file.parent.resolve() for skill in agent.app.skills.skills.values())
+    folders = (folder for folder in folders if not agent.workspace.is_relative_to(folder))
     if any(file.is_relative_to(folder) for folder in folders):
         return file
     return workspace_path(agent, path)
@@ -3512,6 +3534,16 @@ class JobState:
     error: str = ""
     running: bool = False
     done: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise TypeError unless the fields are what they should be: they may come from a file."""
+        if not all(isinstance(text, str) for text in (self.schedule, self.version, self.error)):
+            raise TypeError
+        times = (self.since, self.last, self.ended)
+        if not all(isinstance(at, int | float) and 0 <= at < 250e9 for at in times):  # a date
+            raise TypeError
+        if type(self.errors) is not int or self.errors < 0:
+            raise TypeError
 
     @property
     def disabled(self) -> bool:
@@ -4343,6 +4375,8 @@ class DeliveryRunner:
         try:
             if random.random() < self.queue.failure_rate:
                 raise ChannelError("simulated failure")
+            if not self.channel.allows(InboundMessage(*delivery.recipient, "", [""])):
+                raise ChannelError("it is in no ..._ALLOWED_CHATS", permanent=True)
             self.channel.send(delivery.peer, piece, key)
         except Exception as error:  # whatever it is, the text is kept
             self.note_failure(delivery, error)
