@@ -109,6 +109,9 @@ def load_section(name: str) -> ModuleType:
 
 
 S01, S02, S03 = map(load_section, ("s01", "s02", "s03"))
+read_chunks = S01.read_chunks
+for section in (S01, S02, S03):
+    section.read_chunks = iter  # they read a Reply, which reads the stream as they would
 
 # --- asking ---
 
@@ -124,7 +127,7 @@ class Reply:
 
     def __iter__(self) -> Iterator[object]:
         deadline = time.monotonic() + self.seconds
-        for chunk in self.stream:
+        for chunk in read_chunks(self.stream):
             self.chunks.append(chunk)
             yield chunk
             if time.monotonic() > deadline:

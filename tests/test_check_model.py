@@ -677,8 +677,7 @@ def test_numbers_as_text_and_thoughts(fake_model: FakeModel, run: Callable):
         return Text(f"<think>hm</think>{item.text}") if isinstance(item, Text) else item
 
     report = run(serve(fake_model, weak))
-    thoughts = "its thoughts (<think>) stand in its answers: '<think>hm</think>Four.'"
-    assert report.verdicts["s01"] == f"yes, but {thoughts}"
+    assert report.verdicts["s01"] == "yes"  # the section takes them out
     assert report.verdicts["s02"] == "yes, but an argument that is a number came as '1'"
 
 
