@@ -7,6 +7,7 @@ checked.
 """
 
 import ast
+import json
 import re
 import subprocess
 import textwrap
@@ -192,6 +193,77 @@ def heading_problems(doc: str, headings: list[str]) -> Iterator[str]:
     wanted = [heading for heading in headings if heading in order]
     if order != wanted:
         yield f"the headings are in the order {order}"
+
+
+# --- layout, data and names ---
+
+FIELD = re.compile(r"[A-Za-z_]+(?:_[A-Za-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z]+)+")
+
+
+def width_problems(doc: str, most: int = 100) -> Iterator[str]:
+    """Lines of prose are no longer than this; tables and lone links are free."""
+    for number, line in enumerate(prose(doc).splitlines(), 1):
+        is_free = line.startswith("|") or re.fullmatch(r"\S+", line.strip())
+        if len(line) > most and not is_free:
+            yield f"line {number} has {len(line)} columns, at most {most}"
+
+
+def json_values(text: str) -> list:
+    """The JSON values that stand one after the other in a text. Raises ValueError."""
+    decoder, values, position = json.JSONDecoder(), [], 0
+    text = text.strip()
+    while position < len(text):
+        value, end = decoder.raw_decode(text, position)
+        values.append(value)
+        position = end + len(text[end:]) - len(text[end:].lstrip())
+    return values
+
+
+def json_problems(doc: str) -> Iterator[str]:
+    """A json block is one or more JSON values; each line of a jsonl block is one."""
+    for block in blocks(doc, "json"):
+        try:
+            json_values(block.text)
+        except ValueError as error:
+            yield f"line {block.line}: this block is no JSON: {error}"
+    for block in blocks(doc, "jsonl"):
+        for number, line in enumerate(block.text.splitlines(), block.line + 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                yield f"line {number}: this line is no JSON: {error}"
+
+
+def schema_problems(doc: str, tools: list[dict]) -> Iterator[str]:
+    """A tool's description in a json block is the one that the script sends."""
+    known = {tool["function"]["name"]: tool for tool in tools}
+    for block in blocks(doc, "json"):
+        for value in json_values(block.text):
+            if isinstance(value, dict) and isinstance(value.get("function"), dict):
+                name = value["function"].get("name")
+                if "parameters" in value["function"] and known.get(name) != value:
+                    actual = known.get(name)
+                    yield f"line {block.line}: {name} is {actual} in the script"
+
+
+def constant_problems(doc: str, values: dict) -> Iterator[str]:
+    """Where the prose says that `A_CONSTANT` is a number, it is."""
+    text = " ".join(prose(doc).split())
+    for name, figure in re.findall(r"`([A-Z][A-Z_]+)`,? (?:is|=) (\d[\d,]*)\b", text):
+        if values.get(name) != number(figure):
+            yield f"{name} is {values.get(name)}, not {figure}"
+
+
+def stale_name_problems(doc: str, sources: Iterable[str]) -> Iterator[str]:
+    """Names in backticks, such as `call_model`, are somewhere in the code."""
+    code = "\n".join(sources)
+    known = set(
+        re.findall(r"\w+", code + "".join(match[0] for match in FENCE.finditer(doc)))
+    )
+    for text in sorted(set(re.findall(r"`([^`\n]+)`", prose(doc)))):
+        name = text.removesuffix("()").rpartition(".")[2]
+        if FIELD.fullmatch(name) and name not in known:
+            yield f"`{text}` is not in the code"
 
 
 # --- links and paths ---

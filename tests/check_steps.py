@@ -4,9 +4,11 @@ complaints.
 
 import ast
 import difflib
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from harness import Section
 
 DISTRIBUTIONS = {
     "dotenv": "python-dotenv",
+    "pydantic_core": "pydantic",  # which wants exactly one version of it
     "telegram": "python-telegram-bot",
     "yaml": "PyYAML",
 }
@@ -78,6 +81,114 @@ def size_problems(before: Section | None, after: Section, most: int) -> Iterator
     added = change(before.source if before else "", after.source).added
     if added > most:
         yield f"{after.label} adds {added} non-blank lines, at most {most}"
+
+
+# --- how much there is to understand ---
+
+KNOTS = (
+    ast.IfExp
+    | ast.ListComp
+    | ast.SetComp
+    | ast.DictComp
+    | ast.GeneratorExp
+    | ast.BoolOp
+)
+NO_CODE = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
+
+
+@dataclass
+class Measure:
+    """How much code a script has, however it is laid out."""
+
+    lines: int  # of code: without blank lines, comments and docstrings
+    nodes: int  # of the syntax tree
+    knots: int  # conditional expressions, comprehensions, chains of and and or
+    functions: dict[str, int]  # the lines of each
+
+    @property
+    def density(self) -> float:
+        """Nodes per line: how much has to be understood at once."""
+        return self.nodes / self.lines
+
+    @property
+    def tangle(self) -> float:
+        """Knots per 100 lines."""
+        return 100 * self.knots / self.lines
+
+
+def measure(source: str) -> Measure:
+    """Measure a script."""
+    tree = ast.parse(source)
+    nodes = [node for node in ast.walk(tree) if not isinstance(node, ast.expr_context)]
+    lines = code_lines(source)
+    for node in nodes:
+        lines -= docstring_lines(node)
+    functions = {}
+    for node in nodes:
+        if isinstance(node, FUNCTION):
+            functions[node.name] = node.end_lineno - node.lineno + 1
+    knots = [node for node in nodes if isinstance(node, KNOTS)]
+    return Measure(len(lines), len(nodes), len(knots), functions)
+
+
+def code_lines(source: str) -> set[int]:
+    """The lines on which something stands that is no comment."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return lines
+
+
+def docstring_lines(node: ast.AST) -> set[int]:
+    """The lines of the docstring of a module, class or function."""
+    if not isinstance(node, ast.Module | ast.ClassDef | FUNCTION):
+        return set()
+    if ast.get_docstring(node, clean=False) is None:
+        return set()
+    return set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+
+
+def density_problems(path: Path, most: float, most_knots: float) -> Iterator[str]:
+    """A script says little at once."""
+    size = measure(path.read_text(encoding="utf-8"))
+    if size.density > most:
+        yield f"{path.name}: {size.density:.2f} nodes a line, at most {most}"
+    if size.tangle > most_knots:
+        yield f"{path.name}: {size.tangle:.1f} knots in 100 lines, at most {most_knots}"
+
+
+def length_problems(path: Path, most: int) -> Iterator[str]:
+    """No function is longer than this."""
+    size = measure(path.read_text(encoding="utf-8"))
+    for name, lines in size.functions.items():
+        if lines > most:
+            yield f"{path.name}: {name} has {lines} lines, at most {most}"
+
+
+def budget_problems(before: Section | None, after: Section, most: int) -> Iterator[str]:
+    """A section adds no more nodes than it may."""
+    added = measure(after.source).nodes
+    if before:
+        added -= measure(before.source).nodes
+    if added > most:
+        yield f"{after.label} adds {added} nodes, at most {most}"
+
+
+def title_problems(section: Section, title: str, idea: str) -> Iterator[str]:
+    """The docstring begins with the label, the title and the motto."""
+    docstring = ast.get_docstring(ast.parse(section.source)) or ""
+    first = docstring.partition("\n")[0]
+    wanted = f"{section.label}: {title[:1].upper()}{title[1:]} - {idea}."
+    if first != wanted:
+        yield f"{section.label}: the docstring begins with {first!r}, not {wanted!r}"
 
 
 # --- definitions ---

@@ -154,6 +154,33 @@ def test_comments_imports_and_docstrings_at_the_top_are_free(
     assert check_steps.touched(one.source, two.source) == set()
 
 
+def test_a_script_is_measured(tmp_path: Path):
+    """A docstring is no line of code, an expression in it is one node."""
+    path = tmp_path / "s01_a.py"
+    path.write_text('"""Two\n\nlines."""\n\n# no code\nx = 1 if y else 2\n', "utf-8")
+    size = check_steps.measure(path.read_text(encoding="utf-8"))
+    assert (size.lines, size.nodes, size.knots) == (1, 9, 1)
+    assert not list(check_steps.density_problems(path, 9, 100))
+    dense, tangled = check_steps.density_problems(path, 8.9, 99)
+    assert "9.00 nodes a line" in dense and "100.0 knots" in tangled
+    assert list(check_steps.budget_problems(None, Section(path), 8))
+    assert not list(check_steps.budget_problems(Section(path), Section(path), 0))
+    path.write_text(
+        "class A:\n    def f(self):\n        pass\n\n        pass\n", "utf-8"
+    )
+    assert not list(check_steps.length_problems(path, 4))
+    (problem,) = check_steps.length_problems(path, 3)
+    assert problem.endswith("f has 4 lines, at most 3")
+
+
+def test_titles_are_seen(pair: tuple[Section, Section]):
+    one, _ = pair
+    (problem,) = check_steps.title_problems(one, "one", "go")
+    assert "begins with 's01: one.', not 's01: One - go.'" in problem
+    edit(one, "s01: one.", "s01: One - go.")
+    assert not list(check_steps.title_problems(one, "one", "go"))
+
+
 def test_sizes_are_seen(pair: tuple[Section, Section]):
     one, two = pair
     edit(
@@ -389,6 +416,46 @@ def test_touched_names_are_those_of_the_steps(pair: tuple[Section, Section]):
     assert list(check_docs.name_problems(doc, *pair, {"main": "why"}))
 
 
+@pytest.mark.parametrize(
+    ("doc", "problem"),
+    [
+        ("x " * 51, "line 1 has 102 columns"),
+        ("```json\n[1, 2]\n{}\n```\n", ""),
+        ("```json\n[1, 2\n```\n", "line 1: this block is no JSON"),
+        ("```jsonl\n{}\n{\n```\n", "line 3: this line is no JSON"),
+        ('```json\n{"function": {"name": "read"}}\n```\n', ""),
+        (
+            '```json\n{"function": {"name": "read", "parameters": {}}}\n```\n',
+            "read is None in the script",
+        ),
+        ("`MAX_WORDS` is 3, and `MAX_ROUNDS`\nis 2,500.\n", ""),
+        ("`MAX_ROUNDS` is 25.\n", "MAX_ROUNDS is 2500, not 25"),
+        ("`read_file`, `AnswerText`, `plain`, `a.read_file()`\n", ""),
+        ("`reed_file`\n", "`reed_file` is not in the code"),
+        ("`AnserText()`\n", "`AnserText()` is not in the code"),
+    ],
+)
+def test_data_and_names_are_checked(doc: str, problem: str):
+    values = {"MAX_WORDS": 3, "MAX_ROUNDS": 2500}
+    found = [
+        *check_docs.width_problems(doc),
+        *check_docs.json_problems(doc),
+        *check_docs.constant_problems(doc, values),
+        *check_docs.stale_name_problems(doc, ["read_file AnswerText", *values]),
+    ]
+    if not found:
+        found = list(check_docs.schema_problems(doc, []))
+    assert len(found) == bool(problem), found
+    assert problem in "".join(found)
+
+
+def test_a_chapter_ends_where_the_next_begins():
+    doc = "# A\n\n## B\nb\n### C\nc\n## D\nd\n"
+    assert check_docs.chapter(doc, "B") == "B\nb\n### C\nc\n"
+    assert check_docs.chapter(doc, "D") == "D\nd\n"
+    assert check_docs.chapter(doc, "E") == ""
+
+
 def test_shape_is_seen():
     headings = ["The problem", "Try it", "Next"]
     doc = "".join(f"## {heading}\ntext\n" for heading in headings)
@@ -479,6 +546,9 @@ def test_what_may_differ_and_what_may_not():
     assert not transcripts.same(doc, [*screen[:4], "old cccc1111, other 12341234"])
     assert not transcripts.same(doc, [*screen[:4], "old aaaabbbb, other aaaabbbb"])
     assert not transcripts.same(doc, [*screen, "one more"])
+    assert transcripts.real_ids(["a 11112222"], ["a aaaabbbb"]) == {
+        "11112222": "aaaabbbb"
+    }
 
 
 SERVER = """

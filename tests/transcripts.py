@@ -8,7 +8,9 @@ follows is run in another terminal, with the port of its web chat for the usual 
 python -m websockets ...` is at a terminal, too: it is typed what is a JSON-RPC request.
 Anything else runs through the shell, its output in a pipe. A line `...` matches any
 lines. Free to differ: ports, tokens in links, ids of 8 to 12 hex digits (the same id
-stays the same), process ids, dates, times, durations, spaces at the end of a line.
+stays the same; of one that was shown, the beginning may be typed), process ids, dates,
+times, durations, spaces at the end of a line. Commands of a doc in sessions/next run
+from there.
 """
 
 import contextlib
@@ -34,7 +36,8 @@ from harness import shipped_files
 
 PROMPTS = [r"you> ", r".*\[y/N/a\] ", r".*\[y/N\] "]
 PROMPT = re.compile("|".join(f"(?:{prompt})" for prompt in PROMPTS))
-ON_TERMINAL = re.compile(r"(?:\w+=\S* )*python3? sessions/\S+\.py(?: [^|<>&;]*)?")
+SETTING = r"\w+=(?:'[^']*'|[^\s']*) "
+ON_TERMINAL = re.compile(rf"(?:{SETTING})*python3? sessions/\S+\.py(?: [^|<>&;]*)?")
 CLIENT = re.compile(r"python3? -m websockets .*")
 REQUEST = re.compile(r'\{"jsonrpc": "2\.0", "method": .*, "id": [^{}]+\}')
 KEY = re.compile(r"\^([CD])")
@@ -114,13 +117,20 @@ def pattern_of(line: str, ids: dict[str, str]) -> str:
 
 def same(expected: list[str], actual: list[str]) -> bool:
     """Whether a screen is the one that is expected."""
+    return real_ids(expected, actual) is not None
+
+
+def real_ids(expected: list[str], actual: list[str]) -> dict[str, str] | None:
+    """What the ids of the doc are on the screen; None if it is another screen."""
     ids: dict[str, str] = {}
     whole = "".join(
         r"(?:.*\n)*?" if line == "..." else pattern_of(line, ids) + r"\n"
         for line in expected
     )
     match = re.fullmatch(whole, "".join(f"{line}\n" for line in actual))
-    return bool(match) and len(set(match.groupdict().values())) == len(ids)
+    if not match or len(set(match.groupdict().values())) < len(ids):
+        return None
+    return {id: match[group] for id, group in ids.items()}
 
 
 def tidy(lines: list[str]) -> list[str]:
@@ -164,6 +174,7 @@ class Place:
     folder: Path
     env: dict[str, str]
     slowly: bool = False
+    is_next: bool = False
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     port: str = PORT
 
@@ -201,7 +212,12 @@ def fresh_place(folder: Path, root: Path = REPO) -> Place:
 
 def perform(run: Run, place: Place) -> list[str]:
     """Run one command; the lines of its screen."""
-    run = Run(run.command.replace(PORT, place.port), run.lines)
+    command = run.command.replace(PORT, place.port)
+    if place.is_next:
+        command = re.sub(
+            r"\b(sessions/(?:offline_model|trace)\.py) ", r"\1 --next ", command
+        )
+    run = Run(command, run.lines)
     text = on_terminal(run, place) if run.on_terminal else in_shell(run, place)
     return text.replace(str(place.folder), HERE).splitlines()
 
@@ -245,6 +261,7 @@ def on_terminal(run: Run, place: Place) -> str:
             prompt, typed = at_its_prompt(line)
             if prompt and (typed or number < len(run.lines) - 1):
                 wait_until(screen, lambda: at_prompt(screen), f"a prompt for {line!r}")
+                typed = complete_id(typed, run.lines, number, place, screen)
                 send(screen, typed)
             elif KEY.fullmatch(line) or (run.is_client and REQUEST.fullmatch(line)):
                 wait_for_lines(screen, run.lines[:number], place)
@@ -257,6 +274,23 @@ def on_terminal(run: Run, place: Place) -> str:
             place.port = [PORT, *LINK.findall(shown)][-1]
             place.opened.push(opened.pop_all())
         return shown
+
+
+def complete_id(
+    typed: str, lines: list[str], number: int, place: Place, screen: Screen
+) -> str:
+    """What to type where the doc types the beginning of an id that it has shown.
+
+    The doc's own line is completed, too: the screen will show all of the id.
+    """
+    match = re.fullmatch(r"(/\w+ )([0-9a-f]{3,12})", typed)
+    shown = screen.paper.replace(str(place.folder), HERE)
+    ids = real_ids(tidy(lines[:number]), tidy(shown.splitlines())) if match else None
+    for id, real in (ids or {}).items():
+        if id.startswith(match[2]):
+            lines[number] = lines[number].replace(typed, match[1] + id)
+            return match[1] + real
+    return typed
 
 
 def send(screen: Screen, typed: str) -> None:
@@ -326,16 +360,19 @@ def last_words(screen: Screen, stay: bool) -> str:
     )
 
 
-def problems(block: str, folder: Path, root: Path = REPO) -> str:
+def problems(block: str, folder: Path, root: Path = REPO, is_next: bool = False) -> str:
     """What the screen shows other than the block says; "" when it is all the same.
 
     On a busy machine a `sleep` may be too short: the second time each takes three times
     as long.
     """
-    found = difference_in(block, fresh_place(folder / "first", root))
+    place = fresh_place(folder / "first", root)
+    place.is_next = is_next
+    found = difference_in(block, place)
     if found and re.search(r"\bsleep \d", block):
         place = fresh_place(folder / "second", root)
         place.slowly = True
+        place.is_next = is_next
         found = difference_in(block, place)
     return found
 
@@ -344,7 +381,8 @@ def difference_in(block: str, place: Place) -> str:
     """The first command of a block whose screen differs from what it says, and how."""
     with place.opened:
         for run in runs_of(block):
-            expected, actual = tidy(run.lines), tidy(perform(run, place))
+            actual = tidy(perform(run, place))
+            expected = tidy(run.lines)
             if not same(expected, actual):
                 return f"$ {run.command}\n{difference(expected, actual)}"
     return ""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import check_steps
 import pytest
+from harness import NEXT
+from harness import REPO
 from harness import Section
 from harness import sections
 
@@ -79,6 +81,13 @@ def test_bands(before: Section | None, after: Section):
 def test_header_and_imports(section: Section):
     none(check_steps.header_problems(section))
     none(check_steps.standalone_problems(section))
+
+
+def test_requirements():
+    if not SECTIONS:
+        pytest.skip("no sections yet")
+    both = [*SECTIONS, *sections(NEXT)]
+    none(check_steps.requirement_problems(both, REPO))
 
 
 def test_encoding(section: Section):
