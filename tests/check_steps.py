@@ -15,7 +15,7 @@ from harness import Section
 
 # Non-blank lines: ceilings, so that no section grows unnoticed. s04 holds two whole platforms.
 BUDGETS = {
-    "s01": 218,
+    "s01": 219,
     "s02": 347,
     "s03": 411,
     "s04": 833,
