@@ -443,6 +443,7 @@ BAD_CALLS = {  # the call, and what its result must say
     "nan inside": ("read_file", '{"path": "a", "limit": NaN}', "(?i)json|limit"),
     "infinity": ("read_file", '{"path": "a", "limit": -Infinity}', "(?i)json|limit"),
     "huge float": ("read_file", '{"path": "SOUL.md", "limit": 1e999}', "limit"),
+    "huge number": ("read_file", '{"limit": 1%s}' % ("0" * 5000), "(?i)path|json"),
     "deep": ("read_file", DEEP, "(?i)path|json"),
     "nested": ("read_file", '{"path": ' + "[" * 200 + "]" * 200 + "}", "path"),
     "missing": ("write_file", '{"path": "a.txt"}', "content"),
@@ -842,6 +843,58 @@ def test_tool_activity_is_one_short_line_per_call(
     assert len(done.stdout) < 1_500
 
 
+@pytest.mark.xfail(strict=True, reason="arguments are shown as they came")
+def test_arguments_of_many_lines_are_shown_on_one(
+    section: Section, fake_model: FakeModel
+):
+    pretty = '{\n  "path":\n    "SOUL.md"\n}'
+    done, turns = converse(
+        section, fake_model, {"go": [ToolCalls([("read_file", pretty)])]}
+    )
+    assert "Soul" in results(turns["go"])[0]
+    assert '\n[read_file { "path": "SOUL.md" }]\n' in done.stdout
+
+
+def test_a_signal_in_the_middle_of_an_answer(section: Section, fake_model: FakeModel):
+    gate = threading.Event()
+    script(fake_model, {"go": Gate(gate, Text("one two three"), after_chunks=2)})
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with Screen(section, env_for(fake_model)) as screen:
+            screen.wait_for(PROMPT)
+            screen.type("go\n")
+            screen.wait_for("one")
+            os.kill(screen.pid, number)
+            assert screen.wait_exit() == 128 + number
+            assert "Traceback" not in screen.text
+    gate.set()
+
+
+def test_what_the_model_is_told_about_tools(section: Section, fake_model: FakeModel):
+    script(fake_model, {})
+    pipe(section, "go\n", env_for(fake_model))
+    told = {
+        each["function"]["name"]: each["function"]
+        for each in fake_model.chats[0].body["tools"]
+    }
+    wanted = {
+        "read_file": (
+            ["path"],
+            {"path": "string", "offset": "integer", "limit": "integer"},
+        ),
+        "write_file": (["path", "content"], {"path": "string", "content": "string"}),
+        "edit_file": (
+            ["path", "old_text", "new_text"],
+            {"path": "string", "old_text": "string", "new_text": "string"},
+        ),
+        "bash": (["command"], {"command": "string", "timeout": "integer"}),
+    }
+    for name, (required, types) in wanted.items():
+        parameters = told[name]["parameters"]
+        found = {n: each["type"] for n, each in parameters["properties"].items()}
+        assert (parameters["required"], found) == (required, types), name
+        assert len(told[name]["description"]) > 40, name
+
+
 # --- the file tools ---
 
 
@@ -1044,6 +1097,20 @@ def test_text_files_of_all_kinds(
     assert not is_error(empty)
 
 
+@pytest.mark.xfail(strict=True, reason="they end at a form feed, too")
+def test_lines_end_where_an_editor_ends_them(
+    section: Section, fake_model: FakeModel, workspace: Path
+):
+    text = "a\x0cb\x0bc\x1cd\u2028e\x85f\nsecond\n"
+    (workspace / "a.txt").write_text(text)
+    made = [READ_A, ("read_file", {"path": "a.txt", "offset": 2})]
+    found = run_calls(section, fake_model, made)
+    assert found == [text.rstrip("\n"), "second\n[from line 2 of 2]"]
+
+
+READ_A = ("read_file", {"path": "a.txt"})
+
+
 @posix
 def test_write_file(section: Section, fake_model: FakeModel, workspace: Path):
     box = workspace / "box"
@@ -1127,6 +1194,24 @@ def test_edit_file(section: Section, fake_model: FakeModel, workspace: Path):
         assert {path.stat().st_mode & 0o777 for path in box.iterdir()} == {0o750}
 
 
+def test_edits_at_the_same_time_all_arrive(agent: Any, workspace: Path):
+    lines = [f"line {n:02} is old\n" for n in range(40)]
+    (workspace / "a.txt").write_text("".join(lines))
+
+    def work(numbers: range) -> None:
+        for n in numbers:
+            edit_file = agent.module.TOOL_HANDLERS["edit_file"]
+            edit_file(agent, "a.txt", f"line {n:02} is old", f"line {n:02} is new")
+
+    threads = [threading.Thread(target=work, args=(range(k, 40, 8),)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    text = (workspace / "a.txt").read_text()
+    assert text == "".join(lines).replace("old", "new")
+
+
 def test_edit_file_names_the_nearest_line(
     section: Section, fake_model: FakeModel, workspace: Path
 ):
@@ -1192,7 +1277,7 @@ def test_huge_things_take_little_time(
         came.setdefault(asked(request.messages), []).append(request.time)
     for name in cases:
         called, answered = came[name]
-        assert answered - called < 6, f"{name}: {answered - called}"
+        assert answered - called < 8, f"{name}: {answered - called}"
         assert len(results(turns[name])[0]) <= MAX_RESULT + 100
     assert (workspace / "pieces.txt").read_text() == "a \n" * 50_000
     assert is_error(results(turns["long command"])[0])
