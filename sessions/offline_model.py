@@ -443,6 +443,8 @@ def run_command(chat: Conversation, match: re.Match) -> Outcome:
 
 
 def list_files(chat: Conversation, match: re.Match) -> Outcome:
+    if "list_files" in chat.tools:
+        return plan_call(chat, "list_files")
     command = "dir" if os.name == "nt" else "ls"
     return plan_call(chat, "bash", command)
 
@@ -1186,7 +1188,7 @@ def completion_events(answer: Answer) -> list[dict]:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Say in one line what is wrong, and end the program."""
-    print(f"offline_model.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 

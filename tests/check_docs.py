@@ -1,10 +1,13 @@
-"""Checks on the docs: excerpts, figures, names, links and paths. Each returns its complaints.
+"""Checks on the docs: excerpts, figures, names, links and paths. Each returns its
+complaints.
 
-A fence says what it holds: ```python is an excerpt of the paired script, ```console a transcript
-that is run (see transcripts.py); ```text, ```sh and the like are not checked.
+A fence says what it holds: ```python is an excerpt of the paired script, ```console a
+transcript that is run (see transcripts.py); ```text, ```sh and the like are not
+checked.
 """
 
 import ast
+import json
 import re
 import subprocess
 import textwrap
@@ -46,6 +49,14 @@ def prose(doc: str) -> str:
     return FENCE.sub(lambda match: "\n" * match[0].count("\n"), doc)
 
 
+def chapter(doc: str, heading: str) -> str:
+    """What stands below a heading of the second level; "" if there is none."""
+    for part in re.split(r"^## +", doc, flags=re.M)[1:]:
+        if part.partition("\n")[0].strip() == heading:
+            return part
+    return ""
+
+
 def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
@@ -65,7 +76,7 @@ def pieces_of(block: str) -> list[list[str]]:
 
 
 def stands_in(block: str, script: str) -> bool:
-    """Whether each piece is a run of lines of the script, in order, all indented alike."""
+    """Whether each piece is a run of lines of the script, in order, indented alike."""
     flat, pieces = check_steps.lines_of(script), pieces_of(block)
     depths = {len(line) - len(line.lstrip()) for line in flat}
     return any(stands_at(pieces, flat, " " * depth) for depth in sorted(depths))
@@ -92,7 +103,9 @@ def excerpt_problems(doc: str, script: str) -> Iterator[str]:
             given = (line.strip() for piece in pieces_of(block.text) for line in piece)
             strange = [line for line in given if line not in known]
             reason = f"not in it: {strange[0]!r}" if strange else "order or indentation"
-            yield f"line {block.line}: this block does not stand in the script ({reason})"
+            yield (
+                f"line {block.line}: this block does not stand in the script ({reason})"
+            )
 
 
 # --- figures and names ---
@@ -133,7 +146,9 @@ def entries(source: str) -> set[str]:
 
 def listed(doc: str, start: str) -> list[str] | None:
     """The backticked names of a line that starts so, and of the lines it runs on to."""
-    match = re.search(rf"^(?:[-*] )?{start}((?:.*\n)(?:(?!\s*$|[-*] |\w[\w ]*:).*\n)*)", doc, re.M)
+    match = re.search(
+        rf"^(?:[-*] )?{start}((?:.*\n)(?:(?!\s*$|[-*] |\w[\w ]*:).*\n)*)", doc, re.M
+    )
     return re.findall(r"`([^`]+)`", match[1]) if match else None
 
 
@@ -180,6 +195,77 @@ def heading_problems(doc: str, headings: list[str]) -> Iterator[str]:
         yield f"the headings are in the order {order}"
 
 
+# --- layout, data and names ---
+
+FIELD = re.compile(r"[A-Za-z_]+(?:_[A-Za-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z]+)+")
+
+
+def width_problems(doc: str, most: int = 100) -> Iterator[str]:
+    """Lines of prose are no longer than this; tables and lone links are free."""
+    for number, line in enumerate(prose(doc).splitlines(), 1):
+        is_free = line.startswith("|") or re.fullmatch(r"\S+", line.strip())
+        if len(line) > most and not is_free:
+            yield f"line {number} has {len(line)} columns, at most {most}"
+
+
+def json_values(text: str) -> list:
+    """The JSON values that stand one after the other in a text. Raises ValueError."""
+    decoder, values, position = json.JSONDecoder(), [], 0
+    text = text.strip()
+    while position < len(text):
+        value, end = decoder.raw_decode(text, position)
+        values.append(value)
+        position = end + len(text[end:]) - len(text[end:].lstrip())
+    return values
+
+
+def json_problems(doc: str) -> Iterator[str]:
+    """A json block is one or more JSON values; each line of a jsonl block is one."""
+    for block in blocks(doc, "json"):
+        try:
+            json_values(block.text)
+        except ValueError as error:
+            yield f"line {block.line}: this block is no JSON: {error}"
+    for block in blocks(doc, "jsonl"):
+        for number, line in enumerate(block.text.splitlines(), block.line + 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                yield f"line {number}: this line is no JSON: {error}"
+
+
+def schema_problems(doc: str, tools: list[dict]) -> Iterator[str]:
+    """A tool's description in a json block is the one that the script sends."""
+    known = {tool["function"]["name"]: tool for tool in tools}
+    for block in blocks(doc, "json"):
+        for value in json_values(block.text):
+            if isinstance(value, dict) and isinstance(value.get("function"), dict):
+                name = value["function"].get("name")
+                if "parameters" in value["function"] and known.get(name) != value:
+                    actual = known.get(name)
+                    yield f"line {block.line}: {name} is {actual} in the script"
+
+
+def constant_problems(doc: str, values: dict) -> Iterator[str]:
+    """Where the prose says that `A_CONSTANT` is a number, it is."""
+    text = " ".join(prose(doc).split())
+    for name, figure in re.findall(r"`([A-Z][A-Z_]+)`,? (?:is|=) (\d[\d,]*)\b", text):
+        if values.get(name) != number(figure):
+            yield f"{name} is {values.get(name)}, not {figure}"
+
+
+def stale_name_problems(doc: str, sources: Iterable[str]) -> Iterator[str]:
+    """Names in backticks, such as `call_model`, are somewhere in the code."""
+    code = "\n".join(sources)
+    known = set(
+        re.findall(r"\w+", code + "".join(match[0] for match in FENCE.finditer(doc)))
+    )
+    for text in sorted(set(re.findall(r"`([^`\n]+)`", prose(doc)))):
+        name = text.removesuffix("()").rpartition(".")[2]
+        if FIELD.fullmatch(name) and name not in known:
+            yield f"`{text}` is not in the code"
+
+
 # --- links and paths ---
 
 
@@ -190,11 +276,15 @@ def slugs(doc: str) -> set[str]:
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
         found[slug] = found.get(slug, -1) + 1
-    return {f"{slug}-{n}" if n else slug for slug, last in found.items() for n in range(last + 1)}
+    return {
+        f"{slug}-{n}" if n else slug
+        for slug, last in found.items()
+        for n in range(last + 1)
+    }
 
 
 def link_problems(path: Path, root: Path) -> Iterator[str]:
-    """Relative links lead to files inside the repository, and to headings that exist."""
+    """Relative links lead to files of the repository, and to headings that exist."""
     doc = read(path)
     for target in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(doc))):
         if re.match(r"[a-z][a-z0-9+.-]*:", target):
@@ -208,11 +298,16 @@ def link_problems(path: Path, root: Path) -> Iterator[str]:
 
 
 def path_problems(path: Path, root: Path) -> Iterator[str]:
-    """Backticked paths of the repository exist, or are ignored by git (written at run time)."""
+    """Backticked paths of the repository exist, or are ignored by git (written at run
+    time).
+    """
     codes = re.findall(r"`([^`\n]+)`", prose(read(path)))
     words = {word.strip("'\"(),;:") for code in codes for word in code.split()}
     for word in sorted(words):
-        if not re.fullmatch(r"(?:sessions|workspace|tests)/[\w./-]+", word) or "NN" in word:
+        if (
+            not re.fullmatch(r"(?:sessions|workspace|tests)/[\w./-]+", word)
+            or "NN" in word
+        ):
             continue
         if not (root / word).exists() and not ignored(word, root):
             yield f"`{word}` does not exist, and git does not ignore it"
@@ -230,7 +325,9 @@ def ignored(name: str, root: Path) -> bool:
 
 
 def readme_problems(readme: str, sections: Iterable[Section]) -> Iterator[str]:
-    """The table of sections has each one with its number of lines; both commands are there."""
+    """The table of sections has each one with its number of lines; both commands are
+    there.
+    """
     rows = [
         [cell.strip() for cell in line.strip().strip("|").split("|")]
         for line in readme.splitlines()
@@ -242,9 +339,14 @@ def readme_problems(readme: str, sections: Iterable[Section]) -> Iterator[str]:
         if not own:
             yield f"README.md: the table has no row for {section.label}"
         for row in own:
-            counts = [number(cell) for cell in row[1:] if re.fullmatch(r"\d[\d,]*", cell)]
+            counts = [
+                number(cell) for cell in row[1:] if re.fullmatch(r"\d[\d,]*", cell)
+            ]
             if counts != [real]:
-                yield f"README.md: the row of {section.label} says {counts}, the file has {real}"
+                yield (
+                    f"README.md: the row of {section.label} says {counts}, the file"
+                    f" has {real}"
+                )
     for what, pattern in (
         ("runs the first section", r"sessions/offline_model\.py s01\b"),
         ("runs the tests", r"\bpytest\b"),

@@ -370,6 +370,7 @@ def said_before(*texts: str) -> list[dict]:
         ("help", "read SOUL.md and USER.md"),
         ("what is in SOUL.md?", "I cannot open files yet: that comes with section 2."),
         ("list the files", "I cannot run commands yet: that comes with section 2."),
+        ("run ls", "I cannot run commands yet"),
         ("create notes.txt with milk", "I cannot write files yet"),
         ("which tools do you have?", "no tools yet"),
         ("who are you?", "I am the offline stand-in"),
@@ -448,6 +449,12 @@ def test_what_becomes_a_tool_call(
     assert [(call[1], [*json.loads(call[2]).values()]) for call in calls] == [
         (name, arguments)
     ]
+
+
+def test_files_are_listed_by_a_tool_for_it_if_there_is_one(server: SimpleNamespace):
+    tools = [*TOOLS, tool("list_files", "pattern")]
+    calls = outcome(server, messages=[user("list the files")], tools=tools)[1]
+    assert [call[1:] for call in calls] == [["list_files", "{}"]]
 
 
 def test_two_files_are_read_in_one_round(server: SimpleNamespace):

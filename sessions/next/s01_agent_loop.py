@@ -44,7 +44,7 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: list[dict]
-    show: Callable  # called with each piece of text, and with its kind
+    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
 
 
 @dataclass
@@ -66,11 +66,12 @@ def call_model(agent: Agent) -> Reply:
     pieces = []
     request = {**agent.options, "messages": list(agent.messages)}
     create = agent.client.chat.completions.with_streaming_response.create
-    # `extra_body` is sent as it is. The SDK would check what it gets as `messages` part
-    # by part, and in a long conversation that takes longer than all the rest.
+    # `extra_body` is sent as it is. The openai package would check each of the messages
+    # if it got them as an argument, which takes about a second for 2,000 of them.
     with create(model="", messages=[], extra_body=request) as response:
         for event in read_events(response):
-            piece = text.feed(add_event(reply, event), reply.finish_reason)
+            new_text = add_event(reply, event)
+            piece = text.feed(new_text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
     if not reply.finish_reason:
@@ -103,7 +104,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If that fails, say why, take it back, and return None."""
+    """Answer a message. If nothing comes of it, say why, take it back, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.messages.append(question)
@@ -112,92 +113,10 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:
+    if list(agent.messages)[-1:] == [question]:  # no answer has come after it
         agent.messages.pop()
     agent.show(reason, "note")
     return None
-
-
-# Reading the response
-
-OPENING_TAG = "<think"
-CLOSING_TAG = re.compile("</think(?:ing)?>")
-
-
-def read_events(response: openai.APIResponse) -> Iterator[dict]:
-    """The JSON objects of a response: one for each event, or one without a stream."""
-    if "json" in response.headers.get("content-type", ""):
-        yield json.loads(response.read())
-        return
-    for line in read_lines(response):
-        name, _, data = line.partition(b":")
-        data = data.strip()
-        if data == b"[DONE]":
-            return
-        if name == b"data" and data:  # all else only keeps the connection open
-            yield json.loads(data)
-
-
-def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
-    """The lines of a response. (The SDK's own would also end at a U+2028 in a text.)"""
-    parts = []  # of a line that is not complete yet
-    for block in response.iter_bytes():
-        for part in block.splitlines(keepends=True):
-            parts.append(part)
-            if part.endswith(b"\n"):
-                yield b"".join(parts)
-                parts = []
-    yield b"".join(parts)
-
-
-def add_event(reply: Reply, event: dict) -> str:
-    """Note what an event says about the reply. Returns the text in it."""
-    if event.get("error"):  # after HTTP 200, even in the middle of an answer
-        raise openai.OpenAIError(f"the server reports {event['error']}")
-    reply.usage = event.get("usage") or reply.usage
-    choices = event.get("choices")
-    if not choices:
-        return ""
-    choice = choices[0]
-    reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
-    delta = choice.get("delta") or choice.get("message") or {}
-    return delta.get("content") or delta.get("refusal") or ""
-
-
-class AnswerText:
-    """Turns what a server sends as the text of an answer into what a person should see.
-
-    Some models write their thoughts before the answer, between tags: they are left out.
-    Some servers send an emoji in two halves: they are joined.
-    """
-
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
-        self.pending = ""  # what has arrived and may still be a thought
-        self.has_begun = False
-
-    def feed(self, piece: str, finish_reason: str) -> str:
-        """Take in the next piece of text. Returns what can be shown of it.
-
-        Once there is a finish reason, this piece is the last one.
-        """
-        # In UTF-16, half an emoji is half of its bytes: the decoder waits for the rest.
-        data = piece.encode("utf-16-le", "surrogatepass")
-        text = self.decoder.decode(data, bool(finish_reason))
-        if self.has_begun:
-            return text
-        self.pending = (self.pending + text).lstrip()
-        if self.pending.startswith(OPENING_TAG):
-            _, *answer = CLOSING_TAG.split(self.pending, maxsplit=1)
-            if not answer:
-                # Keep only what may be the beginning of the closing tag.
-                self.pending = OPENING_TAG + self.pending[-12:]
-                return ""
-            self.pending = answer[0].lstrip()
-        if OPENING_TAG.startswith(self.pending) and not finish_reason:
-            return ""  # it may become a tag
-        self.has_begun = True
-        return self.pending
 
 
 # Errors and the screen
@@ -234,11 +153,11 @@ def show(text: str, kind: str = "answer") -> None:
 # Settings
 
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this script's name
 
 
 def load_agent() -> Agent:
-    """Build the agent that .env and the environment describe. Exits if they cannot."""
+    """Build the agent from the settings in .env and the environment, or exit."""
     try:
         load_dotenv()
         options = load_options()
@@ -251,12 +170,13 @@ def load_agent() -> Agent:
         return Agent(client, options, [], show)
     except Exception as error:  # dotenv and the SDK do not say what they may raise
         sys.exit(
-            f"check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: {error}"
+            "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
+            f" MODEL_TIMEOUT: {error}"
         )
 
 
 def required_setting(name: str) -> str:
-    """The value of a setting. Exits if there is none that can be sent to a server."""
+    """The value of a setting. Exits if there is none, or one that cannot be sent."""
     value = os.getenv(name, "").strip()
     if not value or not value.isascii():
         sys.exit(NO_MODEL)
@@ -275,11 +195,98 @@ def load_options() -> dict:
     return options
 
 
+# Reading the response: what servers and models really send
+
+OPENING_TAG = "<think"  # or <thinking>
+CLOSING_TAG = re.compile("</think(?:ing)?>")
+
+
+def read_events(response: openai.APIResponse) -> Iterator[dict]:
+    """The JSON objects of a response: one for each event, or one without a stream."""
+    if "json" in response.headers.get("content-type", ""):
+        yield json.loads(response.read())
+        return
+    for line in read_lines(response):
+        name, _, data = line.partition(b":")
+        data = data.strip()
+        if data == b"[DONE]":
+            return
+        if name == b"data" and data:  # comments and blank lines carry nothing
+            yield json.loads(data)
+
+
+def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
+    """The lines of a response.
+
+    The openai package has a function for this, too, but it also splits at U+2028, a
+    rare line separator that may stand inside an answer.
+    """
+    parts = []  # of a line that is not complete yet
+    for block in response.iter_bytes():
+        for part in block.splitlines(keepends=True):
+            parts.append(part)
+            if part.endswith(b"\n"):
+                yield b"".join(parts)
+                parts = []
+    yield b"".join(parts)
+
+
+def add_event(reply: Reply, event: dict) -> str:
+    """Note what an event says about the reply. Returns the text in it."""
+    if event.get("error"):  # some servers notice an error after they sent HTTP 200
+        raise openai.OpenAIError(f"the server reports {event['error']}")
+    reply.usage = event.get("usage") or reply.usage
+    choices = event.get("choices")
+    if not choices:
+        return ""
+    choice = choices[0]
+    reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+    delta = choice.get("delta") or choice.get("message") or {}
+    return delta.get("content") or delta.get("refusal") or ""
+
+
+class AnswerText:
+    """Turns what a server sends as the text of an answer into what a person should see.
+
+    Some models write their thoughts before the answer, between <think> and </think>:
+    they are left out. Some servers send an emoji in two halves, such as "\\ud83d" and
+    "\\ude00" in JSON: they are joined.
+    """
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
+        self.pending = ""  # what has arrived and may still be a thought
+        self.has_begun = False
+
+    def feed(self, piece: str, finish_reason: str) -> str:
+        """Take in the next piece of text. Returns what can be shown of it.
+
+        Nothing is held back once there is a finish reason: no more text will come.
+        """
+        # Each half of an emoji is two bytes in UTF-16: the decoder waits for all four.
+        data = piece.encode("utf-16-le", "surrogatepass")
+        text = self.decoder.decode(data, bool(finish_reason))
+        if self.has_begun:
+            return text
+        self.pending = (self.pending + text).lstrip()
+        if self.pending.startswith(OPENING_TAG):
+            closing = CLOSING_TAG.search(self.pending)
+            if not closing:
+                # Keep what may be the beginning of </thinking>, 11 characters at most.
+                self.pending = OPENING_TAG + self.pending[-11:]
+                return ""
+            self.pending = self.pending[closing.end() :].lstrip()
+        if OPENING_TAG.startswith(self.pending) and not finish_reason:
+            return ""  # it may become a tag
+        self.has_begun = True
+        return self.pending
+
+
 # --- main ---
 
 
-def talk(handle_line: Callable) -> None:
-    """Read line after line, and have each one handled, until the person leaves."""
+def talk(on_line: Callable) -> None:
+    """Read line after line, and call `on_line` with each, until the person leaves."""
     while True:
         line = input("\nyou> ")
         if not sys.stdin.isatty():
@@ -287,11 +294,11 @@ def talk(handle_line: Callable) -> None:
         if line.strip() in ("quit", "exit"):
             return
         if line.strip():
-            handle_line(line)
+            on_line(line)
 
 
 def prepare_terminal() -> None:
-    """Let lines be edited and called back, and survive bytes that are no text."""
+    """Let arrow keys edit a line and recall older ones; survive bytes of no text."""
     with suppress(ImportError):  # Windows has no readline
         import readline
 

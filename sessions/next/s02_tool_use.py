@@ -61,14 +61,14 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: list[dict]
-    show: Callable  # called with each piece of text, and with its kind
+    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
     tools: list[dict]  # what the model may ask for
     workspace: Path  # the folder that tools work in
     approval: "Approval"  # whether commands run
-    check_path: Callable  # raises ValueError for a file that is not for tools
+    check_path: Callable  # check_path(agent, file, is_write) raises if it is off limits
     system: str = ""  # instructions that stand before the conversation
-    check_cancelled: Callable = do_nothing  # raises once the turn has been cancelled
-    note_waiting: Callable = do_nothing  # gets the response or process it waits for
+    check_cancelled: Callable = do_nothing  # from s10 on: raises after /stop
+    note_waiting: Callable = do_nothing  # gets what the turn waits for, to stop it
 
 
 @dataclass
@@ -78,9 +78,9 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)
-    last_call: dict = field(default_factory=dict)  # for each index, while they arrive
-    reasoning: list = field(default_factory=list)
+    tool_calls: list = field(default_factory=list)  # raw, until the reply is complete
+    call_by_index: dict = field(default_factory=dict)  # where the next piece belongs
+    reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
 def call_model(agent: Agent) -> Reply:
@@ -95,13 +95,14 @@ def call_model(agent: Agent) -> Reply:
     if agent.tools:
         request["tools"] = agent.tools
     create = agent.client.chat.completions.with_streaming_response.create
-    # `extra_body` is sent as it is. The SDK would check what it gets as `messages` part
-    # by part, and in a long conversation that takes longer than all the rest.
+    # `extra_body` is sent as it is. The openai package would check each of the messages
+    # if it got them as an argument, which takes about a second for 2,000 of them.
     with create(model="", messages=[], extra_body=request) as response:
         agent.note_waiting(response)
         for event in read_events(response):
             agent.check_cancelled()
-            piece = text.feed(add_event(reply, event), reply.finish_reason)
+            new_text = add_event(reply, event)
+            piece = text.feed(new_text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
     if not reply.finish_reason:
@@ -124,7 +125,7 @@ def agent_turn(agent: Agent) -> str:
         for call in reply.tool_calls:
             result = run_tool(agent, call)
             agent.messages.append(tool_result(call, result))
-        agent.show("\n")
+        agent.show("\n")  # what follows begins on a new line
     return "\n\n".join(texts) + show_finish_note(agent, "rounds")
 
 
@@ -138,7 +139,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If that fails, say why, take it back, and return None."""
+    """Answer a message. If nothing comes of it, say why, take it back, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.check_cancelled()
@@ -149,95 +150,10 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:
+    if list(agent.messages)[-1:] == [question]:  # no answer has come after it
         agent.messages.pop()
     agent.show(reason, "note")
     return None
-
-
-# Reading the response
-
-OPENING_TAG = "<think"
-CLOSING_TAG = re.compile("</think(?:ing)?>")
-
-
-def read_events(response: openai.APIResponse) -> Iterator[dict]:
-    """The JSON objects of a response: one for each event, or one without a stream."""
-    if "json" in response.headers.get("content-type", ""):
-        yield json.loads(response.read())
-        return
-    for line in read_lines(response):
-        name, _, data = line.partition(b":")
-        data = data.strip()
-        if data == b"[DONE]":
-            return
-        if name == b"data" and data:  # all else only keeps the connection open
-            yield json.loads(data)
-
-
-def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
-    """The lines of a response. (The SDK's own would also end at a U+2028 in a text.)"""
-    parts = []  # of a line that is not complete yet
-    for block in response.iter_bytes():
-        for part in block.splitlines(keepends=True):
-            parts.append(part)
-            if part.endswith(b"\n"):
-                yield b"".join(parts)
-                parts = []
-    yield b"".join(parts)
-
-
-def add_event(reply: Reply, event: dict) -> str:
-    """Note what an event says about the reply. Returns the text in it."""
-    if event.get("error"):  # after HTTP 200, even in the middle of an answer
-        raise openai.OpenAIError(f"the server reports {event['error']}")
-    reply.usage = event.get("usage") or reply.usage
-    choices = event.get("choices")
-    if not choices:
-        return ""
-    choice = choices[0]
-    reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
-    delta = choice.get("delta") or choice.get("message") or {}
-    reply.reasoning.append(delta.get("reasoning_content") or "")
-    for position, part in enumerate(delta.get("tool_calls") or []):
-        merge_tool_call_delta(reply, part, position)
-    return delta.get("content") or delta.get("refusal") or ""
-
-
-class AnswerText:
-    """Turns what a server sends as the text of an answer into what a person should see.
-
-    Some models write their thoughts before the answer, between tags: they are left out.
-    Some servers send an emoji in two halves: they are joined.
-    """
-
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
-        self.pending = ""  # what has arrived and may still be a thought
-        self.has_begun = False
-
-    def feed(self, piece: str, finish_reason: str) -> str:
-        """Take in the next piece of text. Returns what can be shown of it.
-
-        Once there is a finish reason, this piece is the last one.
-        """
-        # In UTF-16, half an emoji is half of its bytes: the decoder waits for the rest.
-        data = piece.encode("utf-16-le", "surrogatepass")
-        text = self.decoder.decode(data, bool(finish_reason))
-        if self.has_begun:
-            return text
-        self.pending = (self.pending + text).lstrip()
-        if self.pending.startswith(OPENING_TAG):
-            _, *answer = CLOSING_TAG.split(self.pending, maxsplit=1)
-            if not answer:
-                # Keep only what may be the beginning of the closing tag.
-                self.pending = OPENING_TAG + self.pending[-12:]
-                return ""
-            self.pending = answer[0].lstrip()
-        if OPENING_TAG.startswith(self.pending) and not finish_reason:
-            return ""  # it may become a tag
-        self.has_begun = True
-        return self.pending
 
 
 # Errors and the screen
@@ -276,11 +192,11 @@ def show(text: str, kind: str = "answer") -> None:
 # Settings
 
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this script's name
 
 
 def load_agent() -> Agent:
-    """Build the agent that .env and the environment describe. Exits if they cannot."""
+    """Build the agent from the settings in .env and the environment, or exit."""
     try:
         load_dotenv()
         options = load_options()
@@ -295,12 +211,13 @@ def load_agent() -> Agent:
         return Agent(client, options, [], show, TOOLS, workspace, approval, check_path)
     except Exception as error:  # dotenv and the SDK do not say what they may raise
         sys.exit(
-            f"check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: {error}"
+            "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
+            f" MODEL_TIMEOUT: {error}"
         )
 
 
 def required_setting(name: str) -> str:
-    """The value of a setting. Exits if there is none that can be sent to a server."""
+    """The value of a setting. Exits if there is none, or one that cannot be sent."""
     value = os.getenv(name, "").strip()
     if not value or not value.isascii():
         sys.exit(NO_MODEL)
@@ -317,6 +234,96 @@ def load_options() -> dict:
     if options["stream"]:
         options.setdefault("stream_options", {"include_usage": True})
     return options
+
+
+# Reading the response: what servers and models really send
+
+OPENING_TAG = "<think"  # or <thinking>
+CLOSING_TAG = re.compile("</think(?:ing)?>")
+
+
+def read_events(response: openai.APIResponse) -> Iterator[dict]:
+    """The JSON objects of a response: one for each event, or one without a stream."""
+    if "json" in response.headers.get("content-type", ""):
+        yield json.loads(response.read())
+        return
+    for line in read_lines(response):
+        name, _, data = line.partition(b":")
+        data = data.strip()
+        if data == b"[DONE]":
+            return
+        if name == b"data" and data:  # comments and blank lines carry nothing
+            yield json.loads(data)
+
+
+def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
+    """The lines of a response.
+
+    The openai package has a function for this, too, but it also splits at U+2028, a
+    rare line separator that may stand inside an answer.
+    """
+    parts = []  # of a line that is not complete yet
+    for block in response.iter_bytes():
+        for part in block.splitlines(keepends=True):
+            parts.append(part)
+            if part.endswith(b"\n"):
+                yield b"".join(parts)
+                parts = []
+    yield b"".join(parts)
+
+
+def add_event(reply: Reply, event: dict) -> str:
+    """Note what an event says about the reply. Returns the text in it."""
+    if event.get("error"):  # some servers notice an error after they sent HTTP 200
+        raise openai.OpenAIError(f"the server reports {event['error']}")
+    reply.usage = event.get("usage") or reply.usage
+    choices = event.get("choices")
+    if not choices:
+        return ""
+    choice = choices[0]
+    reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+    delta = choice.get("delta") or choice.get("message") or {}
+    reply.reasoning.append(delta.get("reasoning_content") or "")
+    for position, part in enumerate(delta.get("tool_calls") or []):
+        merge_tool_call_delta(reply, part, position)
+    return delta.get("content") or delta.get("refusal") or ""
+
+
+class AnswerText:
+    """Turns what a server sends as the text of an answer into what a person should see.
+
+    Some models write their thoughts before the answer, between <think> and </think>:
+    they are left out. Some servers send an emoji in two halves, such as "\\ud83d" and
+    "\\ude00" in JSON: they are joined.
+    """
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
+        self.pending = ""  # what has arrived and may still be a thought
+        self.has_begun = False
+
+    def feed(self, piece: str, finish_reason: str) -> str:
+        """Take in the next piece of text. Returns what can be shown of it.
+
+        Nothing is held back once there is a finish reason: no more text will come.
+        """
+        # Each half of an emoji is two bytes in UTF-16: the decoder waits for all four.
+        data = piece.encode("utf-16-le", "surrogatepass")
+        text = self.decoder.decode(data, bool(finish_reason))
+        if self.has_begun:
+            return text
+        self.pending = (self.pending + text).lstrip()
+        if self.pending.startswith(OPENING_TAG):
+            closing = CLOSING_TAG.search(self.pending)
+            if not closing:
+                # Keep what may be the beginning of </thinking>, 11 characters at most.
+                self.pending = OPENING_TAG + self.pending[-11:]
+                return ""
+            self.pending = self.pending[closing.end() :].lstrip()
+        if OPENING_TAG.startswith(self.pending) and not finish_reason:
+            return ""  # it may become a tag
+        self.has_begun = True
+        return self.pending
 
 
 # --- s02: tool use ---
@@ -392,10 +399,10 @@ def call_handler(agent: Agent, name: str, arguments: dict) -> str:
 
 
 def cut_middle(text: str, limit: int = MAX_RESULT) -> str:
-    """The text, without its middle if it is longer than `limit` characters."""
+    """The text, or "(empty)". It loses its middle if it has over `limit` characters."""
     if len(text) <= limit:
         return text or "(empty)"
-    half = limit // 2 - 50
+    half = limit // 2 - 50  # room for the line in between
     return f"{text[:half]}\n[... the middle is cut out ...]\n{text[-half:]}"
 
 
@@ -412,9 +419,9 @@ def tool_result(call: dict, text: str) -> dict:
 
 def unanswered_tool_calls(messages: list[dict]) -> list[dict]:
     """The tool calls of the last assistant message that have no result yet."""
-    for results, message in enumerate(reversed(messages)):
-        if message["role"] != "tool":
-            return message.get("tool_calls", [])[results:]
+    for result_count, message in enumerate(reversed(messages)):
+        if message["role"] != "tool":  # the results behind it belong to its first calls
+            return message.get("tool_calls", [])[result_count:]
     return []
 
 
@@ -439,10 +446,10 @@ def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
     servers send no index, repeat the name, or send the arguments as an object.
     """
     index = delta.get("index", position)
-    call = reply.last_call.get(index)
-    if call is None or delta.get("id") not in (None, "", call["id"]):
+    call = reply.call_by_index.get(index)
+    if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
         call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
-        reply.last_call[index] = call
+        reply.call_by_index[index] = call
         reply.tool_calls.append(call)
     function = delta.get("function") or {}
     call["name"] = function.get("name") or call["name"]
@@ -460,7 +467,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     What only this server understands becomes an extra, which goes back to it alone.
     """
     calls = []
-    signed_calls = []
+    signed_calls = []  # the same, with what Gemini adds to them: its signatures
     extras = {}
     for call in reply.tool_calls:
         calls.append(normalize_tool_call(call))
@@ -468,7 +475,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     reply.tool_calls = calls
     if calls:
         reply.message["tool_calls"] = calls
-    if signed_calls != calls:  # Gemini's signatures
+    if signed_calls != calls:
         extras["tool_calls"] = signed_calls
     if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
         extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
@@ -524,7 +531,7 @@ def replace_surrogates(text: str) -> str:
 
 # Files
 
-FILE_LOCK = threading.Lock()  # two changes of one file must not overlap
+FILE_LOCK = threading.Lock()  # for later, when several turns run at once
 
 
 def load_workspace() -> Path:
@@ -618,18 +625,21 @@ def check_passage(text: str, passage: str) -> None:
         raise ValueError(f"old_text occurs {count} times: make it longer")
     if count == 0:
         lines = [line[:100] for line in text.split("\n")[:1000]]
-        nearest = difflib.get_close_matches(passage.split("\n")[0][:100], lines, n=1)
+        nearest = difflib.get_close_matches(passage.split("\n")[0], lines, n=1)
         raise ValueError(f"old_text does not occur. Similar lines: {nearest}")
 
 
 # Commands
 
-SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
+SECRET = re.compile("(?i)key|token|secret|pass|pwd|credential")
 
 
 @dataclass
 class Approval:
-    """Whether commands run: "always", "never", or if the person says yes ("ask")."""
+    """Whether commands run: "always", "never", or if the person says yes ("ask").
+
+    It is an object so that a yes to all holds for all copies of the agent.
+    """
 
     mode: str
 
@@ -656,7 +666,9 @@ def is_approved(approval: Approval, command: str) -> bool:
     print()
     for line in lines:
         print(f"> {escape_invisible(line)}")
-    answer = input(f"run it (lines: {len(lines)})? [y/N/a] ").strip().lower()
+    answer = input(
+        f"run it (lines: {len(lines)}, characters: {len(command)})? [y/N/a] "
+    ).lower()
     if answer == "a":
         approval.mode = "always"
     return answer in ("y", "a")
@@ -682,7 +694,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
     """Run a command. Returns what it has printed, and how it ended."""
     mark = f"AGENT_COMMAND={uuid4().hex}"  # a variable that all its processes inherit
     process = subprocess.Popen(
-        ["env", mark, "bash", "-c", command],
+        ["env", mark, "bash", "-c", command],  # kill_command finds the mark in here
         cwd=agent.workspace,
         env={name: os.environ[name] for name in os.environ if not SECRET.search(name)},
         stdin=subprocess.DEVNULL,
@@ -710,10 +722,10 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
 
 def collect_output(process: subprocess.Popen, output: bytearray) -> None:
     """Read what a process prints, to its end. Keep the beginning and the end of it."""
-    half = 4 * MAX_RESULT  # a character has up to 4 bytes
+    keep = 4 * MAX_RESULT  # bytes at each end; a character has up to 4
     while block := process.stdout.read1(65536):
         output += block
-        del output[half:-half]
+        del output[keep:-keep]
 
 
 def kill_command(process: subprocess.Popen) -> None:
@@ -735,8 +747,8 @@ def exit_on_signal(number, frame) -> None:
 # --- main ---
 
 
-def talk(handle_line: Callable) -> None:
-    """Read line after line, and have each one handled, until the person leaves."""
+def talk(on_line: Callable) -> None:
+    """Read line after line, and call `on_line` with each, until the person leaves."""
     while True:
         line = input("\nyou> ")
         if not sys.stdin.isatty():
@@ -744,18 +756,18 @@ def talk(handle_line: Callable) -> None:
         if line.strip() in ("quit", "exit"):
             return
         if line.strip():
-            handle_line(line)
+            on_line(line)
 
 
 def prepare_terminal() -> None:
-    """Let lines be edited and called back, and survive bytes that are no text."""
+    """Let arrow keys edit a line and recall older ones; survive bytes of no text."""
     with suppress(ImportError):  # Windows has no readline
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):  # end as on exit: a running command ends, too
+    for name in ("SIGTERM", "SIGHUP"):  # a command that runs then ends, too
         signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
 
 

@@ -1,13 +1,16 @@
-"""What the harness costs, as ratios of figures that were measured in turn in this one run.
+"""What the harness costs, as ratios of figures that were measured in turn in this one
+run.
 
 python tests/bench/bench.py                   every benchmark, a table each
-python tests/bench/bench.py lanes delivery    some: prompt, idle, call, turn, append, replay,
-                                              delivery, memory, routing, cron, lanes, gateway
+python tests/bench/bench.py lanes delivery    some of them: prompt, idle, call, turn,
+                                              append, replay, delivery, memory, routing,
+                                              cron, lanes, gateway
 
-A row tells the case, whose figure it is, the figure, its ratio to the table's first contestant,
-and for ours the goal and whether it holds. The peers (frameworks, queues, indexes) come along where
-tests/bench/requirements.txt is installed. They want other versions than the sections do: give them
-a virtual environment of their own, and its Python in PEERS_PYTHON.
+A row tells the case, whose figure it is, the figure, its ratio to the table's first
+contestant, and for ours the goal and whether it holds. The peers (frameworks, queues,
+indexes) come along where tests/bench/requirements.txt is installed. They want other
+versions than the sections do: give them a virtual environment of their own, and its
+Python in PEERS_PYTHON.
 """
 
 import inspect

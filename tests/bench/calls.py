@@ -32,7 +32,9 @@ def quick_model() -> Iterator[str]:
             server.kill()
 
 
-def start_sections(stack: ExitStack, labels: list[str], url: str, folder: Path) -> list[Peer]:
+def start_sections(
+    stack: ExitStack, labels: list[str], url: str, folder: Path
+) -> list[Peer]:
     """Some sections, each in a process and a workspace of its own."""
     peers = []
     for section in sections():
@@ -46,11 +48,15 @@ def start_sections(stack: ExitStack, labels: list[str], url: str, folder: Path) 
 
 
 def call(folder: Path) -> None:
-    """One streamed call_model by length of history, against the bare SDK on the same messages."""
+    """One streamed call_model by length of history, against the bare SDK on the same
+    messages.
+    """
     with ExitStack() as stack:
         url = stack.enter_context(quick_model())
         bare = stack.enter_context(Peer("bare SDK", url, python=sys.executable))
-        ours = start_sections(stack, ["s01", "s02", "s03", sections()[-1].label], url, folder)
+        ours = start_sections(
+            stack, ["s01", "s02", "s03", sections()[-1].label], url, folder
+        )
         for length in ("1", "21", "201", "2001"):
             peers = {peer.name: peer.timed(length) for peer in (bare, *ours)}
             times = medians(25, peers)
@@ -61,7 +67,9 @@ def call(folder: Path) -> None:
 
 
 def turn(folder: Path) -> None:
-    """A whole turn, against the bare SDK in a loop; from s03 on ours has synced it to the disk."""
+    """A whole turn, against the bare SDK in a loop; from s03 on ours has synced it to
+    the disk.
+    """
     with ExitStack() as stack:
         url = stack.enter_context(quick_model())
         bare = stack.enter_context(Peer("bare SDK", url, python=sys.executable))

@@ -18,10 +18,21 @@ NOT_INSTALLED = "not installed: PEERS_PYTHON is to have tests/bench/requirements
 
 
 class Peer(AbstractContextManager):
-    """One of peers.py, in a process of its own: it does the steps that it is told to do."""
+    """One of peers.py, in a process of its own: it does the steps that it is told to
+    do.
+    """
 
-    def __init__(self, name: str, *arguments: object, python: str = PEERS_PYTHON) -> None:
-        command = [python, "-W", "ignore", str(HERE / "peers.py"), name, *map(str, arguments)]
+    def __init__(
+        self, name: str, *arguments: object, python: str = PEERS_PYTHON
+    ) -> None:
+        command = [
+            python,
+            "-W",
+            "ignore",
+            str(HERE / "peers.py"),
+            name,
+            *map(str, arguments),
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.name = name
         self.process = subprocess.Popen(command, **pipes)
@@ -33,7 +44,9 @@ class Peer(AbstractContextManager):
         self.process.stdout.close()
 
     def timed(self, step: str, times: int = 1) -> Callable[[], float]:
-        """A function that gives the seconds which one step takes, on average over so many."""
+        """A function that gives the seconds which one step takes, on average over so
+        many.
+        """
 
         def measure() -> float:
             print(json.dumps([step, times]), file=self.process.stdin, flush=True)
@@ -45,7 +58,7 @@ class Peer(AbstractContextManager):
 
 
 def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]:
-    """A function that gives the seconds which one call takes, on average over so many."""
+    """A function that gives the average seconds of one call out of so many."""
 
     def measure() -> float:
         begin = time.perf_counter()
@@ -57,7 +70,8 @@ def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]
 
 
 def medians(rounds: int, measured: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median seconds of each function, which take turns so that they meet the same weather.
+    """The median seconds of each function, which take turns so that they meet the same
+    weather.
 
     The first round warms up and does not count; who begins a round is drawn by lot.
     """
@@ -70,10 +84,14 @@ def medians(rounds: int, measured: dict[str, Callable[[], float]]) -> dict[str, 
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def row(what: str, who: str, figure: str = "", ratio: float | None = None, goal: str = "") -> None:
+def row(
+    what: str, who: str, figure: str = "", ratio: float | None = None, goal: str = ""
+) -> None:
     """Print one row: case, contestant, figure, ratio, goal."""
     times = "" if ratio is None else f"{ratio:.2f} x"
-    print(f"  {what:<24} {who:<22} {figure:>12} {times:>9}  {goal}".rstrip(), flush=True)
+    print(
+        f"  {what:<24} {who:<22} {figure:>12} {times:>9}  {goal}".rstrip(), flush=True
+    )
 
 
 def at_most(limit: float, value: float, unit: str = "") -> str:
@@ -88,7 +106,15 @@ def at_least(limit: float, value: float, unit: str = "") -> str:
 
 def environment(url: str, folder: Path) -> dict[str, str]:
     """What a section needs to run against a server, with a workspace of its own."""
-    settings = {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": url, "MODEL_ID": "offline"}
+    settings = {
+        "OPENAI_API_KEY": "offline",
+        "OPENAI_BASE_URL": url,
+        "MODEL_ID": "offline",
+    }
     empty = ("MODEL_OPTIONS", "FALLBACK_MODELS", "EMBEDDING_MODEL", "CONTEXT_TOKENS")
-    own = {"WORKSPACE_DIR": str(folder), "GATEWAY_PORT": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {
+        "WORKSPACE_DIR": str(folder),
+        "GATEWAY_PORT": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     return {**os.environ, **settings, **dict.fromkeys(empty, ""), **own}

@@ -1,8 +1,10 @@
-"""What is measured in a process of its own, by bench.py: python peers.py NAME ARGUMENT...
+"""What is measured in a process of its own, by bench.py: python peers.py NAME
+ARGUMENT...
 
-It prints the steps that it can do, none if its library is missing, and then for each line
-`[step, times]` the seconds that one step took. Each library is used as its documentation shows,
-with its telemetry off; the asynchronous ones run on one loop that stays open.
+It prints the steps that it can do, none if its library is missing, and then for each
+line `[step, times]` the seconds that one step took. Each library is used as its
+documentation shows, with its telemetry off; the asynchronous ones run on one loop that
+stays open.
 """
 
 import asyncio
@@ -22,7 +24,11 @@ from pathlib import Path
 SECTIONS = Path(__file__).resolve().parents[2] / "sessions" / "en"
 SAY, ADD = "Say something.", "Please add 2 and 3."  # what quick_model.py answers to
 NUMBER = {"type": "integer", "description": "a number"}
-SCHEMA = {"type": "object", "properties": {"a": NUMBER, "b": NUMBER}, "required": ["a", "b"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": NUMBER, "b": NUMBER},
+    "required": ["a", "b"],
+}
 NAMES = [f"add_{number}" for number in range(10)]
 KEY = "offline"
 Steps = dict[str, Callable[[], object]]
@@ -49,7 +55,9 @@ def functions(names: list[str]) -> list[Callable[[int, int], int]]:
     return [make(name) for name in names]
 
 
-def turns(ask: Callable[[list[str], str], object], stream: Callable[[], object]) -> Steps:
+def turns(
+    ask: Callable[[list[str], str], object], stream: Callable[[], object]
+) -> Steps:
     """The cases of a turn, by a function that asks with the tools of some names."""
     return {
         "plain": partial(ask, [], SAY),
@@ -71,7 +79,9 @@ def on_loop(function: Callable[..., Coroutine]) -> Callable:
 
 
 def once_each(make: Callable[[list[str]], object]) -> Callable[[list[str]], object]:
-    """Make an agent for each set of tools before it is needed, as a program does at its start."""
+    """Make an agent for each set of tools before it is needed, as a program does at its
+    start.
+    """
     made = {len(names): make(names) for names in ([], NAMES[:1], NAMES)}
     return lambda names: made[len(names)]
 
@@ -90,13 +100,17 @@ def bare(url: str) -> Steps:
         messages = [{"role": "user", "content": text}]
         given = {"tools": schemas(names)} if names else {}
         while True:
-            message = create(model="offline", messages=messages, **given).choices[0].message
+            message = (
+                create(model="offline", messages=messages, **given).choices[0].message
+            )
             if not message.tool_calls:
                 return message.content
             messages.append(message)
             for call in message.tool_calls:
                 result = str(run(**json.loads(call.function.arguments)))
-                messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+                messages.append(
+                    {"role": "tool", "tool_call_id": call.id, "content": result}
+                )
 
     def stream() -> str:
         messages = [{"role": "user", "content": SAY}]
@@ -111,10 +125,17 @@ def bare(url: str) -> Steps:
 
 
 def histories(send: Callable[[list[dict]], object]) -> Steps:
-    """One streamed call with a history of so many messages, by a function that sends it."""
-    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    """One streamed call with a history of so many messages, by a function that sends
+    it.
+    """
+    turn = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+    ]
     last = {"role": "user", "content": SAY}
-    return {str(n + 1): partial(send, [*turn * (n // 2), last]) for n in (0, 20, 200, 2000)}
+    return {
+        str(n + 1): partial(send, [*turn * (n // 2), last]) for n in (0, 20, 200, 2000)
+    }
 
 
 def section(name: str, folder: str) -> Steps:
@@ -136,9 +157,11 @@ def section(name: str, folder: str) -> Steps:
 
 
 def section_turns(module: object, agent: object) -> Steps:
-    """The turns of a section; where it has sessions, the messages go to the disk first."""
+    """The turns of a section; where it has sessions, messages go to the disk first."""
     for function in functions(NAMES):
-        module.TOOL_HANDLERS[function.__name__] = lambda agent, a, b, add=function: str(add(a, b))
+        module.TOOL_HANDLERS[function.__name__] = lambda agent, a, b, add=function: str(
+            add(a, b)
+        )
     module.TOOLS[:] = schemas(NAMES)
     if "App" in vars(module):
         module.open_sessions(agent)
@@ -186,7 +209,9 @@ def pydantic_ai(url: str) -> Steps:
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel("offline", provider=OpenAIProvider(base_url=url, api_key=KEY))
+    model = OpenAIChatModel(
+        "offline", provider=OpenAIProvider(base_url=url, api_key=KEY)
+    )
     made = once_each(lambda names: Agent(model, tools=functions(names)))
 
     async def ask(names: list[str], text: str) -> str:
@@ -222,7 +247,9 @@ def smolagents(url: str) -> Steps:
         for tool, name in zip(tools, names, strict=True):
             tool.name = name
         quiet = LogLevel.OFF
-        return ToolCallingAgent(tools, model, stream_outputs=stream, verbosity_level=quiet)
+        return ToolCallingAgent(
+            tools, model, stream_outputs=stream, verbosity_level=quiet
+        )
 
     made, streaming = once_each(make), make([], stream=True)
     return turns(lambda names, text: made(names).run(text), lambda: streaming.run(SAY))
@@ -234,7 +261,9 @@ def langgraph(url: str) -> Steps:
     from langgraph.prebuilt import create_react_agent
 
     model = ChatOpenAI(model="offline", base_url=url, api_key=KEY, max_retries=0)
-    made = once_each(lambda names: create_react_agent(model, list(map(tool, functions(names)))))
+    made = once_each(
+        lambda names: create_react_agent(model, list(map(tool, functions(names))))
+    )
 
     def asked(text: str) -> dict:
         return {"messages": [("user", text)]}
@@ -253,7 +282,9 @@ def langgraph(url: str) -> Steps:
 
 
 def persist_queue(folder: str) -> Steps:
-    """Its queue on SQLite with acknowledgement: WAL, synchronous=FULL, a commit for each step."""
+    """Its queue on SQLite with acknowledgement: WAL, synchronous=FULL, a commit for
+    each step.
+    """
     from persistqueue import SQLiteAckQueue
 
     queue = SQLiteAckQueue(folder, multithreading=True)
@@ -277,7 +308,9 @@ def bm25s(folder: str) -> Steps:
 
     def index() -> None:
         state["index"] = bm25s.BM25()
-        state["index"].index(bm25s.tokenize(notes, show_progress=False), show_progress=False)
+        state["index"].index(
+            bm25s.tokenize(notes, show_progress=False), show_progress=False
+        )
 
     def search() -> None:
         query = bm25s.tokenize(" ".join(dice.choices(words, k=4)), show_progress=False)

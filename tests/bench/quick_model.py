@@ -1,7 +1,8 @@
 """A model server that takes next to no time, so that what is measured is who calls it.
 
-It prints its address. What it answers is settled: some words; a call of the first tool when it is
-asked to add 2 and 3; and by the tool final_answer when there is one, as smolagents wants it.
+It prints its address. What it answers is settled: some words; a call of the first tool
+when it is asked to add 2 and 3; and by the tool final_answer when there is one, as
+smolagents wants it.
 """
 
 import asyncio
@@ -16,7 +17,9 @@ HEAD = {"id": "chatcmpl-1", "created": 1, "model": "offline"}
 def call_of(body: dict) -> dict | None:
     """The tool call that answers a request, if it is not words."""
     names = [tool["function"]["name"] for tool in body.get("tools") or ()]
-    is_first = all(message["role"] in ("system", "user") for message in body["messages"])
+    is_first = all(
+        message["role"] in ("system", "user") for message in body["messages"]
+    )
     if is_first and "add 2 and 3" in json.dumps(body["messages"][-1]):
         function = {"name": names[0], "arguments": '{"a": 2, "b": 3}'}
     elif "final_answer" in names:
@@ -34,7 +37,8 @@ def whole(call: dict | None) -> bytes:
     choice = {"index": 0, "message": message, "finish_reason": finish}
     data = {**HEAD, "object": "chat.completion", "choices": [choice], "usage": USAGE}
     text = json.dumps(data).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
+    head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(text)}\r\n"
     return head.encode() + b"\r\n" + text
 
 

@@ -19,7 +19,9 @@ IMPORT = "import openai; openai.OpenAI; print('you> ', flush=True); input()"
 NO_SERVER = "http://127.0.0.1:9/v1"
 
 
-def launch(arguments: list[str], env: dict[str, str], seconds: float = 0) -> subprocess.Popen:
+def launch(
+    arguments: list[str], env: dict[str, str], seconds: float = 0
+) -> subprocess.Popen:
     """Start Python, wait until it prompts, and perhaps a little longer."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, *arguments], env=env, **pipes)
@@ -43,7 +45,9 @@ def starting(arguments: list[str], env: dict[str, str]) -> Callable[[], float]:
 def prompt(folder: Path) -> None:
     """From the shell to the first prompt, against `import openai` alone."""
     env = environment(NO_SERVER, folder)
-    scripts = {section.label: starting([str(section.path)], env) for section in sections()}
+    scripts = {
+        section.label: starting([str(section.path)], env) for section in sections()
+    }
     times = medians(7, {"import openai": starting(["-c", IMPORT], env)} | scripts)
     for name, seconds in times.items():
         ratio = seconds / times["import openai"]
@@ -52,7 +56,7 @@ def prompt(folder: Path) -> None:
 
 
 def idle(folder: Path) -> None:
-    """Resident memory two seconds after the prompt, with Telegram and the gateway on."""
+    """Resident memory two seconds after the prompt, Telegram and the gateway on."""
     section, figures = sections()[-1], {}
     with FakeTelegram() as telegram:
         env = environment(NO_SERVER, folder) | {"TELEGRAM_BOT_TOKEN": telegram.token}
@@ -61,8 +65,16 @@ def idle(folder: Path) -> None:
         for name, arguments in scripts.items():
             process = launch(arguments, env, 2)
             command = ["ps", "-o", "rss=", "-p", str(process.pid)]
-            figures[name] = int(subprocess.run(command, capture_output=True).stdout) / 1024
+            figures[name] = (
+                int(subprocess.run(command, capture_output=True).stdout) / 1024
+            )
             end(process)
     for name, size in figures.items():
         goal = at_most(90, size, " MiB") if name == section.label else ""
-        row("memory in use", name, f"{size:.0f} MiB", size / figures["import openai"], goal)
+        row(
+            "memory in use",
+            name,
+            f"{size:.0f} MiB",
+            size / figures["import openai"],
+            goal,
+        )

@@ -11,8 +11,10 @@ from browser import find
 from fake_model import FakeModel
 from harness import since
 
+from first.ledger import inbox_is_empty
 from first.test_gateway import Client
 from first.test_gateway import Desk
+from first.test_gateway import until
 
 pytestmark = pytest.mark.skipif(not find(), reason="needs Chromium")
 CONNECTED = "document.querySelector('#state').dataset.state === 'connected'"
@@ -128,6 +130,7 @@ def test_a_restart_of_the_gateway_goes_unnoticed(page: Page):
     page.open()
     page.say("before")
     page.see("heard before")
+    until(lambda: inbox_is_empty(page.desk.workspace))  # the page sees it before the disk has it
     began = page.get("performance.timeOrigin")
     page.desk.screens[-1].kill()
     page.browser.wait_for(f"!({CONNECTED})")

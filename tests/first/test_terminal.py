@@ -181,10 +181,11 @@ def test_the_terminal_is_next(post: Post):
         post.model.wait(1)
         post.confirmed()
         screen.type("mine\n")
-        screen.wait_for("mine")
-        time.sleep(0.2)
-        gate.set()
+        screen.wait_for("agent> ")
+        if post.section.label < "s10":  # from then on it waits for nobody
+            gate.set()
         screen.wait_for("heard mine")
+        gate.set()
         assert post.questions.index("mine") <= 1, post.questions
         post.wait(50)
     assert post.told(42) == [f"heard message {number}" for number in range(50)]
@@ -301,8 +302,8 @@ def test_piped_input(post: Post, tmp_path: Path):
         post.ask("bye")
         stdin.write("字 third".encode())
     printed = out.read_text(encoding="utf-8")
-    places = [printed.index(f"agent> heard {text}") for text in ("first", "second", "字 third")]
-    assert places == sorted(places)
+    answers = re.findall(r"^(?:you> )?agent> (.*)$", printed, re.M)
+    assert answers == ["heard first", "heard second", "heard 字 third"], printed
     assert "[telegram default] User 42: hello" in printed and "\x1b" not in printed
     assert not (post.workspace / "ran.txt").exists()
 
