@@ -11,17 +11,43 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from harness import FOLDER
+from harness import NEXT
+from harness import Section
+from harness import sections
+
 HERE = Path(__file__).resolve().parent
-REPO = HERE.parents[1]
+FOLDERS = [
+    NEXT,
+    FOLDER,
+]  # where to look for sections; `bench.py --sections` says another
 PEERS_PYTHON = os.environ.get("PEERS_PYTHON") or sys.executable
 NOT_INSTALLED = "not installed: PEERS_PYTHON is to have tests/bench/requirements.txt"
 
 
-class Peer(AbstractContextManager):
-    """One of peers.py, in a process of its own: it does the steps that it is told to do."""
+def ladder(label: str = "s01") -> list[Section]:
+    """The sections to measure: of the first folder that goes as far as this one."""
+    for folder in FOLDERS:
+        found = sections(folder)
+        if any(section.label == label for section in found):
+            return found
+    sys.exit(f"there is no section {label} in {', '.join(map(str, FOLDERS))}")
 
-    def __init__(self, name: str, *arguments: object, python: str = PEERS_PYTHON) -> None:
-        command = [python, "-W", "ignore", str(HERE / "peers.py"), name, *map(str, arguments)]
+
+class Peer(AbstractContextManager):
+    """One of peers.py, in a process of its own, which does the steps it is told."""
+
+    def __init__(
+        self, name: str, *arguments: object, python: str = PEERS_PYTHON
+    ) -> None:
+        command = [
+            python,
+            "-W",
+            "ignore",
+            str(HERE / "peers.py"),
+            name,
+            *map(str, arguments),
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.name = name
         self.process = subprocess.Popen(command, **pipes)
@@ -33,7 +59,7 @@ class Peer(AbstractContextManager):
         self.process.stdout.close()
 
     def timed(self, step: str, times: int = 1) -> Callable[[], float]:
-        """A function that gives the seconds which one step takes, on average over so many."""
+        """A function that gives the seconds of one step, on average over so many."""
 
         def measure() -> float:
             print(json.dumps([step, times]), file=self.process.stdin, flush=True)
@@ -45,7 +71,7 @@ class Peer(AbstractContextManager):
 
 
 def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]:
-    """A function that gives the seconds which one call takes, on average over so many."""
+    """A function that gives the seconds of one call, on average over so many."""
 
     def measure() -> float:
         begin = time.perf_counter()
@@ -57,9 +83,10 @@ def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]
 
 
 def medians(rounds: int, measured: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median seconds of each function, which take turns so that they meet the same weather.
+    """The median seconds of each function.
 
-    The first round warms up and does not count; who begins a round is drawn by lot.
+    They take turns so that they meet the same weather. The first round warms up and
+    does not count; who begins a round is drawn by lot.
     """
     times: dict[str, list[float]] = {name: [] for name in measured}
     order, dice = list(measured), random.Random(1)
@@ -70,10 +97,14 @@ def medians(rounds: int, measured: dict[str, Callable[[], float]]) -> dict[str, 
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def row(what: str, who: str, figure: str = "", ratio: float | None = None, goal: str = "") -> None:
+def row(
+    what: str, who: str, figure: str = "", ratio: float | None = None, goal: str = ""
+) -> None:
     """Print one row: case, contestant, figure, ratio, goal."""
     times = "" if ratio is None else f"{ratio:.2f} x"
-    print(f"  {what:<24} {who:<22} {figure:>12} {times:>9}  {goal}".rstrip(), flush=True)
+    print(
+        f"  {what:<24} {who:<22} {figure:>12} {times:>9}  {goal}".rstrip(), flush=True
+    )
 
 
 def at_most(limit: float, value: float, unit: str = "") -> str:
@@ -88,7 +119,15 @@ def at_least(limit: float, value: float, unit: str = "") -> str:
 
 def environment(url: str, folder: Path) -> dict[str, str]:
     """What a section needs to run against a server, with a workspace of its own."""
-    settings = {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": url, "MODEL_ID": "offline"}
+    settings = {
+        "OPENAI_API_KEY": "offline",
+        "OPENAI_BASE_URL": url,
+        "MODEL_ID": "offline",
+    }
     empty = ("MODEL_OPTIONS", "FALLBACK_MODELS", "EMBEDDING_MODEL", "CONTEXT_TOKENS")
-    own = {"WORKSPACE_DIR": str(folder), "GATEWAY_PORT": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {
+        "WORKSPACE_DIR": str(folder),
+        "GATEWAY_PORT": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     return {**os.environ, **settings, **dict.fromkeys(empty, ""), **own}

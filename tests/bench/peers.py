@@ -1,8 +1,9 @@
-"""What is measured in a process of its own, by bench.py: python peers.py NAME ARGUMENT...
+"""What bench.py measures in a process of its own: python peers.py NAME ARGUMENT...
 
-It prints the steps that it can do, none if its library is missing, and then for each line
-`[step, times]` the seconds that one step took. Each library is used as its documentation shows,
-with its telemetry off; the asynchronous ones run on one loop that stays open.
+It prints the steps that it can do, none if its library is missing, and then for each
+line `[step, times]` the seconds that one step took. Each library is used as its
+documentation shows, with its telemetry off; the asynchronous ones run on one loop that
+stays open.
 """
 
 import asyncio
@@ -19,10 +20,14 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-SECTIONS = Path(__file__).resolve().parents[2] / "sessions" / "en"
 SAY, ADD = "Say something.", "Please add 2 and 3."  # what quick_model.py answers to
+ON = "Go on and on."
 NUMBER = {"type": "integer", "description": "a number"}
-SCHEMA = {"type": "object", "properties": {"a": NUMBER, "b": NUMBER}, "required": ["a", "b"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": NUMBER, "b": NUMBER},
+    "required": ["a", "b"],
+}
 NAMES = [f"add_{number}" for number in range(10)]
 KEY = "offline"
 Steps = dict[str, Callable[[], object]]
@@ -49,7 +54,9 @@ def functions(names: list[str]) -> list[Callable[[int, int], int]]:
     return [make(name) for name in names]
 
 
-def turns(ask: Callable[[list[str], str], object], stream: Callable[[], object]) -> Steps:
+def turns(
+    ask: Callable[[list[str], str], object], stream: Callable[[], object]
+) -> Steps:
     """The cases of a turn, by a function that asks with the tools of some names."""
     return {
         "plain": partial(ask, [], SAY),
@@ -71,7 +78,7 @@ def on_loop(function: Callable[..., Coroutine]) -> Callable:
 
 
 def once_each(make: Callable[[list[str]], object]) -> Callable[[list[str]], object]:
-    """Make an agent for each set of tools before it is needed, as a program does at its start."""
+    """Make an agent for each set of tools at the start, as a program does."""
     made = {len(names): make(names) for names in ([], NAMES[:1], NAMES)}
     return lambda names: made[len(names)]
 
@@ -90,13 +97,17 @@ def bare(url: str) -> Steps:
         messages = [{"role": "user", "content": text}]
         given = {"tools": schemas(names)} if names else {}
         while True:
-            message = create(model="offline", messages=messages, **given).choices[0].message
+            message = (
+                create(model="offline", messages=messages, **given).choices[0].message
+            )
             if not message.tool_calls:
                 return message.content
             messages.append(message)
             for call in message.tool_calls:
                 result = str(run(**json.loads(call.function.arguments)))
-                messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+                messages.append(
+                    {"role": "tool", "tool_call_id": call.id, "content": result}
+                )
 
     def stream() -> str:
         messages = [{"role": "user", "content": SAY}]
@@ -111,18 +122,24 @@ def bare(url: str) -> Steps:
 
 
 def histories(send: Callable[[list[dict]], object]) -> Steps:
-    """One streamed call with a history of so many messages, by a function that sends it."""
-    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    """One streamed call by length of history, with a function that sends messages."""
+    turn = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+    ]
     last = {"role": "user", "content": SAY}
-    return {str(n + 1): partial(send, [*turn * (n // 2), last]) for n in (0, 20, 200, 2000)}
+    steps = {"2000 events": partial(send, [{"role": "user", "content": ON}])}
+    for length in (0, 20, 200, 2000):
+        steps[str(length + 1)] = partial(send, [*turn * (length // 2), last])
+    return steps
 
 
-def section(name: str, folder: str) -> Steps:
-    """A section as it is: call_model, and agent_turn where it has tools."""
-    sys.path.insert(0, str(SECTIONS))
-    module = import_module(name)
+def section(path: str, folder: str) -> Steps:
+    """A section as it is: call_model, and a turn where it has tools."""
+    sys.path.insert(0, str(Path(path).parent))
+    module = import_module(Path(path).stem)
     agent = module.load_agent()
-    agent.show = lambda text: None
+    agent.show = lambda text, kind="answer": None
 
     def send(messages: list[dict]) -> None:
         agent.messages = messages
@@ -130,15 +147,51 @@ def section(name: str, folder: str) -> Steps:
         module.call_model(agent)
 
     steps = histories(send)
-    if "agent_turn" in vars(module) and "TOOL_HANDLERS" in vars(module):
-        steps |= section_turns(module, agent)
-    return steps
+    if "TOOL_HANDLERS" not in vars(module):
+        return steps
+    if "settings" in vars(agent):
+        return steps | first_section_turns(module, agent)
+    return steps | section_turns(module, agent)
 
 
 def section_turns(module: object, agent: object) -> Steps:
-    """The turns of a section; where it has sessions, the messages go to the disk first."""
+    """The turns of a section; where it has sessions, the messages go to the disk."""
+    module.TOOLS.clear()
     for function in functions(NAMES):
-        module.TOOL_HANDLERS[function.__name__] = lambda agent, a, b, add=function: str(add(a, b))
+        module.tool(as_handler(function))
+    history = []
+    if "open_session" in vars(module):
+        module.open_session(agent)
+        history = agent.messages
+
+    def ask(names: list[str], text: str, stream: bool = False) -> str:
+        agent.options["stream"] = stream
+        agent.tools = module.TOOLS[: len(names)]
+        agent.messages = history
+        getattr(history, "messages", history).clear()
+        return module.handle_message(agent, text)
+
+    agent.options.pop("stream_options", None)
+    return turns(ask, partial(ask, [], SAY, True))
+
+
+def as_handler(function: Callable[[int, int], int]) -> Callable:
+    """A function as a handler of a tool."""
+
+    def handler(agent: object, a: int, b: int) -> str:
+        """Add two numbers."""
+        return str(function(a, b))
+
+    handler.__name__ = function.__name__
+    return handler
+
+
+def first_section_turns(module: object, agent: object) -> Steps:
+    """The same for sessions/en."""
+    for function in functions(NAMES):
+        module.TOOL_HANDLERS[function.__name__] = lambda agent, a, b, add=function: str(
+            add(a, b)
+        )
     module.TOOLS[:] = schemas(NAMES)
     if "App" in vars(module):
         module.open_sessions(agent)
@@ -186,7 +239,9 @@ def pydantic_ai(url: str) -> Steps:
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel("offline", provider=OpenAIProvider(base_url=url, api_key=KEY))
+    model = OpenAIChatModel(
+        "offline", provider=OpenAIProvider(base_url=url, api_key=KEY)
+    )
     made = once_each(lambda names: Agent(model, tools=functions(names)))
 
     async def ask(names: list[str], text: str) -> str:
@@ -222,7 +277,9 @@ def smolagents(url: str) -> Steps:
         for tool, name in zip(tools, names, strict=True):
             tool.name = name
         quiet = LogLevel.OFF
-        return ToolCallingAgent(tools, model, stream_outputs=stream, verbosity_level=quiet)
+        return ToolCallingAgent(
+            tools, model, stream_outputs=stream, verbosity_level=quiet
+        )
 
     made, streaming = once_each(make), make([], stream=True)
     return turns(lambda names, text: made(names).run(text), lambda: streaming.run(SAY))
@@ -234,7 +291,9 @@ def langgraph(url: str) -> Steps:
     from langgraph.prebuilt import create_react_agent
 
     model = ChatOpenAI(model="offline", base_url=url, api_key=KEY, max_retries=0)
-    made = once_each(lambda names: create_react_agent(model, list(map(tool, functions(names)))))
+    made = once_each(
+        lambda names: create_react_agent(model, list(map(tool, functions(names))))
+    )
 
     def asked(text: str) -> dict:
         return {"messages": [("user", text)]}
@@ -253,7 +312,7 @@ def langgraph(url: str) -> Steps:
 
 
 def persist_queue(folder: str) -> Steps:
-    """Its queue on SQLite with acknowledgement: WAL, synchronous=FULL, a commit for each step."""
+    """Its queue on SQLite: WAL, synchronous=FULL, a commit for each step."""
     from persistqueue import SQLiteAckQueue
 
     queue = SQLiteAckQueue(folder, multithreading=True)
@@ -277,7 +336,9 @@ def bm25s(folder: str) -> Steps:
 
     def index() -> None:
         state["index"] = bm25s.BM25()
-        state["index"].index(bm25s.tokenize(notes, show_progress=False), show_progress=False)
+        state["index"].index(
+            bm25s.tokenize(notes, show_progress=False), show_progress=False
+        )
 
     def search() -> None:
         query = bm25s.tokenize(" ".join(dice.choices(words, k=4)), show_progress=False)

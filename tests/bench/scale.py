@@ -1,4 +1,4 @@
-"""What must not grow with what is stored or waits: `memory`, `routing`, `cron` and `lanes`."""
+"""What must not grow with what is stored: `memory`, `routing`, `cron` and `lanes`."""
 
 import json
 import random
@@ -10,23 +10,28 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from harness import sections
 from measure import NOT_INSTALLED
 from measure import Peer
 from measure import at_least
 from measure import at_most
+from measure import ladder
 from measure import medians
 from measure import row
 from measure import timed
 
 LETTERS = "abcdefghijklmnoprstuvw"
-SIZES = {100: 7, 1000: 7, 10_000: 5, 100_000: 1}  # with the rounds that there is time for
+SIZES = {
+    100: 7,
+    1000: 7,
+    10_000: 5,
+    100_000: 1,
+}  # with the rounds that there is time for
 TASKS = {"empty": (int, 5000), "1 ms": (partial(time.sleep, 0.001), 300)}
 
 
 def memory(folder: Path) -> None:
-    """A search by words among notes, and a note more, against bm25s, which makes a new index."""
-    section, dice = sections()[-1], random.Random(1)
+    """A search among notes, and a note more, against bm25s, which makes a new index."""
+    section, dice = ladder("s06")[-1], random.Random(1)
     words = ["".join(dice.choices(LETTERS, k=dice.randint(3, 9))) for _ in range(4000)]
     for size, rounds in SIZES.items():
         home = folder / str(size)
@@ -37,8 +42,12 @@ def memory(folder: Path) -> None:
         while store.missing:  # a search spends five seconds at most on an index
             store.search(words[0])
         ours = {
-            "search": lambda store=store: store.search(" ".join(dice.choices(words, k=4))),
-            "write": lambda store=store: store.write(" ".join(dice.choices(words, k=18))),
+            "search": lambda store=store: store.search(
+                " ".join(dice.choices(words, k=4))
+            ),
+            "write": lambda store=store: store.write(
+                " ".join(dice.choices(words, k=18))
+            ),
         }
         with Peer("bm25s", home) as bm25s:
             for step, unit in {"search": 25, "write": 5}.items():
@@ -50,28 +59,39 @@ def memory(folder: Path) -> None:
                     is_goal = name == section.label and size == 10_000
                     goal = at_most(unit, seconds * 1000, " ms") if is_goal else ""
                     ratio = seconds / times[section.label]
-                    row(f"{step}, {size:,} notes", name, f"{seconds * 1000:.2f} ms", ratio, goal)
+                    row(
+                        f"{step}, {size:,} notes",
+                        name,
+                        f"{seconds * 1000:.2f} ms",
+                        ratio,
+                        goal,
+                    )
     if not bm25s.steps:
         row("memory", "bm25s", goal=NOT_INSTALLED)
 
 
 def write_notes(home: Path, words: list[str], notes: list[str]) -> None:
-    """The notes as ours keeps them, in a file for each of ten days, and as a peer reads them."""
+    """The notes as ours keeps them, in a file a day, and as a peer reads them."""
     (home / "memory").mkdir(parents=True)
     for day in range(10):
         lines = "".join(f"- {note}\n" for note in notes[day::10])
-        (home / "memory" / f"2026-10-{day + 1:02}.md").write_text(lines, encoding="utf-8")
+        (home / "memory" / f"2026-10-{day + 1:02}.md").write_text(
+            lines, encoding="utf-8"
+        )
     (home / "words.json").write_text(json.dumps(words), encoding="utf-8")
     (home / "notes.txt").write_text("\n".join(notes), encoding="utf-8")
 
 
 def routing(folder: Path) -> None:
     """The agent for a message found among 100,000 bindings, against 10."""
-    section = sections()[-1]
+    section = ladder("s05")[-1]
     look_ups = {}
     for size in (10, 100_000):
         file = folder / f"{size}.jsonl"
-        lines = [f'{{"agent": "luna", "channel": "web", "peer": "p{n}"}}\n' for n in range(size)]
+        lines = [
+            f'{{"agent": "luna", "channel": "web", "peer": "p{n}"}}\n'
+            for n in range(size)
+        ]
         file.write_text("".join(lines), encoding="utf-8")
         table = section.module.BindingTable(file, ["luna"])
 
@@ -84,7 +104,7 @@ def routing(folder: Path) -> None:
 
 
 def few_and_many(what: str, who: str, times: dict[str, float]) -> None:
-    """Rows of the same step where there is little and where there is much: nearly as quick."""
+    """Rows of the same step where there is little and where there is much."""
     few, many = times.values()
     for size, seconds in times.items():
         goal = at_most(1.2, many / few) if seconds is many else ""
@@ -93,13 +113,17 @@ def few_and_many(what: str, who: str, times: dict[str, float]) -> None:
 
 def cron(folder: Path) -> None:
     """A tick of the scheduler with 10,000 jobs of which none is due, against 10."""
-    section, module, ticks = sections()[-1], sections()[-1].module, {}
+    section, ticks = ladder("s07")[-1], {}
+    module = section.module
     for size in (10, 10_000):
         home = folder / f"cron{size}"
         home.mkdir()
         payload = {"kind": "system_event", "text": "x"}
         schedule = {"kind": "every", "every_seconds": 10**6}
-        jobs = [{"id": f"j{n}", "schedule": schedule, "payload": payload} for n in range(size)]
+        jobs = [
+            {"id": f"j{n}", "schedule": schedule, "payload": payload}
+            for n in range(size)
+        ]
         (home / "CRON.json").write_text(json.dumps({"jobs": jobs}), encoding="utf-8")
         app = SimpleNamespace(
             agent=SimpleNamespace(workspace=home),
@@ -114,8 +138,8 @@ def cron(folder: Path) -> None:
 
 
 def lanes(folder: Path) -> None:
-    """Tasks put in and their results taken out, against ThreadPoolExecutor with as many threads."""
-    section = sections()[-1]
+    """Tasks put in and results taken out, against ThreadPoolExecutor."""
+    section = ladder("s10")[-1]
     commands = section.module.CommandQueue()
     for lane, threads in {"cron": 1, "main": 4}.items():
         with ThreadPoolExecutor(threads) as executor:
@@ -134,6 +158,6 @@ def lanes(folder: Path) -> None:
 
 
 def finishing(submit: Callable, task: Callable, tasks: int) -> Callable[[], float]:
-    """A function that hands in so many tasks, waits for all, and gives the seconds for each."""
+    """A function that hands in so many tasks, waits, and gives the seconds for each."""
     run = timed(lambda: wait([submit(task) for _ in range(tasks)]))
     return lambda: run() / tasks
