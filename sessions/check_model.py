@@ -62,9 +62,20 @@ SILENCE = 60  # seconds that a quick one may say nothing
 ROUNDS = 4  # of tool calls in a turn
 LIMIT = 2048  # tokens of an answer, where the server has to be told
 WORD = "tamarind"
-FILES = {"note.txt": f"The code word is {WORD}.", "one.txt": "red apple", "two.txt": "blue plum"}
-WINDOW_FIELDS = ("loaded_context_length", "max_model_len", "context_length", "context_window")
-CALL_AS_TEXT = re.compile(r'<tool_call|<function|"(?:name|function|tool)"\s*:|\bread_file\s*\(')
+FILES = {
+    "note.txt": f"The code word is {WORD}.",
+    "one.txt": "red apple",
+    "two.txt": "blue plum",
+}
+WINDOW_FIELDS = (
+    "loaded_context_length",
+    "max_model_len",
+    "context_length",
+    "context_window",
+)
+CALL_AS_TEXT = re.compile(
+    r'<tool_call|<function|"(?:name|function|tool)"\s*:|\bread_file\s*\('
+)
 MARKS = {
     "copes": "odd, but the section copes",
     "but": "it works, and there is something to know",
@@ -98,6 +109,9 @@ def load_section(name: str) -> ModuleType:
 
 
 S01, S02, S03 = map(load_section, ("s01", "s02", "s03"))
+read_chunks = S01.read_chunks
+for section in (S01, S02, S03):
+    section.read_chunks = iter  # they read a Reply, which reads the stream as they would
 
 # --- asking ---
 
@@ -113,7 +127,7 @@ class Reply:
 
     def __iter__(self) -> Iterator[object]:
         deadline = time.monotonic() + self.seconds
-        for chunk in self.stream:
+        for chunk in read_chunks(self.stream):
             self.chunks.append(chunk)
             yield chunk
             if time.monotonic() > deadline:
@@ -135,7 +149,9 @@ class Probe:
         self.lines: dict[str, str] = {}  # for .env
         self.near = ""  # a model with a name like that of one that is not listed
         self.refusal = ""  # why a setting had to be changed in this check
-        self.sent = self.counted = 0  # tokens: of all requests, of the last by the server's count
+        self.sent = self.counted = (
+            0  # tokens: of all requests, of the last by the server's count
+        )
 
     def create(self, stream: bool, extra_body: dict, **more: object) -> object:
         """What the sections call of the SDK's client; the reply is kept."""
@@ -150,9 +166,13 @@ class Probe:
         return reply
 
     def allow_silence(self, seconds: float) -> None:
-        self.client = self.client.with_options(timeout=openai.Timeout(seconds, connect=10))
+        self.client = self.client.with_options(
+            timeout=openai.Timeout(seconds, connect=10)
+        )
 
-    def ask(self, messages: list[dict], section: ModuleType = S01, tools: list = ()) -> tuple:
+    def ask(
+        self, messages: list[dict], section: ModuleType = S01, tools: list = ()
+    ) -> tuple:
         """The message and finish_reason that a section's call_model makes of a conversation."""
 
         def call() -> tuple[dict, str]:
@@ -166,7 +186,9 @@ class Probe:
     def turn(self, text: str) -> tuple[str, list[dict]]:
         """A turn of section 2 with its tools; the answer, and all messages."""
         messages = [user(text)]
-        answer = self.insist(lambda: S02.agent_turn(replace(self.agent, messages=messages)))
+        answer = self.insist(
+            lambda: S02.agent_turn(replace(self.agent, messages=messages))
+        )
         return answer, messages
 
     def insist(self, call: Callable) -> object:
@@ -195,11 +217,15 @@ class Probe:
         """Go on with other settings; one that is None goes."""
         gone = [key for key, value in change.items() if value is None]
         settings = self.agent.settings | change
-        self.agent.settings = {key: settings[key] for key in settings if key not in gone}
+        self.agent.settings = {
+            key: settings[key] for key in settings if key not in gone
+        }
 
     def keep_settings(self) -> None:
         """Put the settings that helped among the lines for .env."""
-        options = {key: value for key, value in self.agent.settings.items() if key != "model"}
+        options = {
+            key: value for key, value in self.agent.settings.items() if key != "model"
+        }
         if options["stream"] is True:
             del options["stream"]
         self.lines["MODEL_OPTIONS"] = f"'{json.dumps(options)}'"
@@ -232,7 +258,10 @@ def is_chance(error: Exception) -> bool:
 
 def remedy(settings: dict, error: Exception) -> dict:
     """The change of settings that an error asks for, as MODEL_OPTIONS would make it."""
-    status, told = getattr(error, "status_code", None), f"{error} {getattr(error, 'body', '')}"
+    status, told = (
+        getattr(error, "status_code", None),
+        f"{error} {getattr(error, 'body', '')}",
+    )
     if S02.NOTES["length"] in told:  # before the answer had begun
         return more_room(settings)
     if settings["stream"] and "no stream" in told and '"choices"' in told:
@@ -251,7 +280,9 @@ def remedy(settings: dict, error: Exception) -> dict:
 
 def more_room(settings: dict) -> dict:
     """The change of settings that allows for a long answer."""
-    name = "max_completion_tokens" if "max_completion_tokens" in settings else "max_tokens"
+    name = (
+        "max_completion_tokens" if "max_completion_tokens" in settings else "max_tokens"
+    )
     return {name: LIMIT}
 
 
@@ -282,7 +313,9 @@ def check_reachable(probe: Probe) -> Found:
 
 def list_models(client: openai.OpenAI) -> list[dict]:
     """What a server says of its models. Raises APIError, or ValueError for what is no list."""
-    listing = json.loads(client.with_options(timeout=15).models.with_raw_response.list().text)
+    listing = json.loads(
+        client.with_options(timeout=15).models.with_raw_response.list().text
+    )
     models = listing.get("data") if isinstance(listing, dict) else None
     if not isinstance(models, list):
         raise ValueError("no list of models")
@@ -307,7 +340,10 @@ def check_long(probe: Probe) -> Found:
     message, finish_reason = probe.ask(question)
     if finish_reason == "length":
         try_more_room(probe, question)
-        return "but", f"answers are cut, this one after {len(message['content'])} characters"
+        return (
+            "but",
+            f"answers are cut, this one after {len(message['content'])} characters",
+        )
     whole = re.search(r"\b60\W*$", message["content"])
     text = "60 numbers came whole" if whole else "it ended by itself before 60"
     if not probe.agent.settings["stream"]:
@@ -353,9 +389,13 @@ def no_call(text: str) -> str:
 
 def check_parallel(probe: Probe) -> Found:
     """Two calls at once; one after the other does as well."""
-    question = "What do these two files say? Read both at once.\nread one.txt and two.txt"
+    question = (
+        "What do these two files say? Read both at once.\nread one.txt and two.txt"
+    )
     answer, messages = probe.turn(question)
-    calls = [len(message["tool_calls"]) for message in messages if message.get("tool_calls")]
+    calls = [
+        len(message["tool_calls"]) for message in messages if message.get("tool_calls")
+    ]
     if not calls:
         return "but", no_call(answer)
     if "apple" not in answer.lower() or "plum" not in answer.lower():
@@ -369,7 +409,9 @@ def check_number(probe: Probe) -> Found:
     if not message.get("tool_calls"):
         return "but", no_call(message["content"])
     arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])
-    values = [arguments[key] for key in ("offset", "limit", "timeout") if key in arguments]
+    values = [
+        arguments[key] for key in ("offset", "limit", "timeout") if key in arguments
+    ]
     wrong = [value for value in values if type(value) is not int]
     if wrong:
         return "but", f"an argument that is a number came as {repr(wrong[0])[:60]}"
@@ -439,8 +481,13 @@ def probe_context(probe: Probe) -> Found:
     if WORD in message["content"].lower():
         return "ok", f"{size} came through whole"
     if not probe.counted or probe.counted > estimate // 2:
-        mark = "but" if probe.counted > estimate * 0.9 else "unclear"  # it has counted them
-        return mark, f"asked for the first words of {size}, it said {quote(message['content'])}"
+        mark = (
+            "but" if probe.counted > estimate * 0.9 else "unclear"
+        )  # it has counted them
+        return (
+            mark,
+            f"asked for the first words of {size}, it said {quote(message['content'])}",
+        )
     probe.lines["CONTEXT_TOKENS"] = str(probe.counted)
     return "no", f"of {size}, the server silently dropped all but {probe.counted:,}"
 
@@ -448,7 +495,10 @@ def probe_context(probe: Probe) -> Found:
 def long_talk(window: int) -> list[dict]:
     """Messages that fill what section 3 fills of a window, a code word first."""
     filler = "The rain came down on the hills, and the river rose a little. "
-    part, noted = user(filler * (window // 250)), {"role": "assistant", "content": "Noted."}
+    part, noted = (
+        user(filler * (window // 250)),
+        {"role": "assistant", "content": "Noted."},
+    )
     talk = [user(f"My code word is {WORD}."), noted]
     while S03.estimate([*talk, part]) < window * 0.88:
         talk += [part, noted]
@@ -457,8 +507,12 @@ def long_talk(window: int) -> list[dict]:
 
 def check_system(probe: Probe) -> Found:
     """Whether the server takes a system prompt, which section 6 always sends."""
-    prompt = "You are Luna, an assistant. When you are asked who you are, say your name."
-    message, _ = probe.ask([{"role": "system", "content": prompt}, user("Who are you?")])
+    prompt = (
+        "You are Luna, an assistant. When you are asked who you are, say your name."
+    )
+    message, _ = probe.ask(
+        [{"role": "system", "content": prompt}, user("Who are you?")]
+    )
     if "luna" not in message["content"].lower():
         return "but", f"it ignores its system prompt: {quote(message['content'])}"
     return "ok", "it does as its system prompt says"
@@ -475,7 +529,13 @@ def check_embeddings(probe: Probe) -> Found:
         reply = create(input=["cat", "dog"], model=model, encoding_format="float")
         sizes = [len(each.embedding) for each in reply.data]
         return "ok", f"vectors of {sizes[0]} numbers"
-    except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        openai.OpenAIError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         if not is_chance(error):
             probe.lines["EMBEDDING_MODEL"] = ""
         told = S02.explain(error).replace("check MODEL_ID", "check EMBEDDING_MODEL")
@@ -505,14 +565,20 @@ def check_lanes(probe: Probe) -> Found:
 def check_oddities(probe: Probe) -> Found:
     """What was odd in the tool calls, though section 2 copes; no request of its own."""
     streamed = bool(probe.agent.settings["stream"])
-    found = {oddity for chunks in probe.replies for oddity in oddities(chunks, streamed)}
-    return ("copes", "; ".join(sorted(found))) if found else ("ok", "no tool call was odd")
+    found = {
+        oddity for chunks in probe.replies for oddity in oddities(chunks, streamed)
+    }
+    return (
+        ("copes", "; ".join(sorted(found))) if found else ("ok", "no tool call was odd")
+    )
 
 
 def oddities(chunks: list, streamed: bool) -> list[str]:
     """What of a reply with tool calls is not as the API documents it."""
     calls, indexes, values, finishes = [], set(), [], set()
-    for choice in [each for chunk in chunks for each in getattr(chunk, "choices", None) or []]:
+    for choice in [
+        each for chunk in chunks for each in getattr(chunk, "choices", None) or []
+    ]:
         finishes.add(getattr(choice, "finish_reason", None) or "tool_calls")
         delta = getattr(choice, "delta" if streamed else "message", None)
         for position, piece in enumerate(getattr(delta, "tool_calls", None) or []):
@@ -550,7 +616,9 @@ CHECKS = {
     "two at once": (check_lanes, 10),
     "oddities": (check_oddities, 2),
 }
-NEEDS = dict.fromkeys(("parallel calls", "number argument", "nested arguments"), "tool call")
+NEEDS = dict.fromkeys(
+    ("parallel calls", "number argument", "nested arguments"), "tool call"
+)
 
 
 def run_check(probe: Probe, check: Callable) -> Found:
@@ -601,7 +669,11 @@ def show_row(start: str, text: str, column: int = 0) -> None:
 def verdict(section: int, findings: Findings) -> str:
     """Whether a section can be run, and what to know about it."""
     for mark in ("no", "unclear"):
-        marked = [(at, text) for at, found, text in findings if found == mark and at <= section]
+        marked = [
+            (at, text)
+            for at, found, text in findings
+            if found == mark and at <= section
+        ]
         if marked:
             first, text = min(marked)
             return f"{mark}: {text if first == section else f'as s{first:02}'}"
@@ -680,7 +752,9 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             return run(load_probe(Path(folder).resolve()), given.context)
-    except BrokenPipeError:  # `| head` has read enough, and what is left has nowhere to go
+    except (
+        BrokenPipeError
+    ):  # `| head` has read enough, and what is left has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

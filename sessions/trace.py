@@ -205,7 +205,7 @@ class Trace:
         """Show what the section sends, unless its end will say all in one line."""
         self.show_late()
         if exchange.is_chat:
-            self.show_safely(self.describe_request, exchange)
+            self.show_safely(self.write_request, exchange)
 
     def show_late(self) -> None:
         """Show the answers that the section did not wait for.
@@ -220,23 +220,22 @@ class Trace:
         if self.on_terminal:
             time.sleep(PRINT_SECONDS)
         if exchange.is_chat:
-            self.show_safely(self.describe_answer, exchange)
+            self.show_safely(self.write_answer, exchange)
         else:
-            self.show_safely(self.describe_other, exchange)
+            self.show_safely(self.write_other, exchange)
         if self.saved:
             self.save(exchange)
 
-    def show_safely(self, describe: Callable, exchange: Exchange) -> None:
+    def show_safely(self, write: Callable, exchange: Exchange) -> None:
         """Show an exchange. It may fail: anything can stand in what is sent."""
         with self.lock:
             try:
-                describe(exchange)
+                write(exchange)
             except Exception as error:
-                self.show(
-                    "error", f"{exchange.number} is too odd to show: {error!r}", []
-                )
+                head = f"exchange {exchange.number} cannot be shown: {error!r}"
+                self.show("error", head, [])
 
-    def describe_request(self, exchange: Exchange) -> None:
+    def write_request(self, exchange: Exchange) -> None:
         """Show the new messages, and the options that have changed."""
         request = exchange.request()
         messages = request.pop("messages")
@@ -271,7 +270,7 @@ class Trace:
                 new.append(message)
         return new
 
-    def describe_answer(self, exchange: Exchange) -> None:
+    def write_answer(self, exchange: Exchange) -> None:
         """Show what came back, how it ended, and what it cost."""
         answer = Answer()
         if exchange.status == 200:
@@ -292,7 +291,7 @@ class Trace:
             head += f"; finish_reason: {answer.finish_reason}"
         self.show("error" if failed else "answer", head, rows)
 
-    def describe_other(self, exchange: Exchange) -> None:
+    def write_other(self, exchange: Exchange) -> None:
         """Show in one line what is no chat, such as a request for embeddings."""
         sent = f"{exchange.path}, {len(exchange.request_body):,} bytes"
         got = f"{exchange.ending()}, {len(exchange.response_body):,} bytes"
@@ -309,8 +308,9 @@ class Trace:
             "seconds": round(exchange.seconds, 3),
             "problem": exchange.problem,
         }
-        self.saved.write(json.dumps(record) + "\n")
-        self.saved.flush()
+        with self.lock:
+            self.saved.write(json.dumps(record) + "\n")
+            self.saved.flush()
 
     def show(self, style: str, head: str, rows: list[Row]) -> None:
         """Show a head, and the rows below it, with a bar at the left."""

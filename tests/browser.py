@@ -1,4 +1,5 @@
-"""Headless Chromium for the tests, over the DevTools protocol: needs nothing but `websockets`.
+"""Headless Chromium for the tests, over the DevTools protocol: needs nothing but
+`websockets`.
 
 with Browser() as browser:
     browser.open("http://127.0.0.1:8765/")
@@ -23,15 +24,17 @@ from pathlib import Path
 from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
---no-default-browser-check --no-proxy-server --disable-background-networking --disable-sync
---disable-component-update --disable-extensions --disable-breakpad --disable-crash-reporter
---disable-search-engine-choice-screen --disable-features=Translate,MediaRouter --mute-audio
---password-store=basic --use-mock-keychain --window-size=1000,800 --remote-debugging-port=0"""
+FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage
+--no-first-run --no-default-browser-check --no-proxy-server
+--disable-background-networking --disable-sync --disable-component-update
+--disable-extensions --disable-breakpad --disable-crash-reporter
+--disable-search-engine-choice-screen --disable-features=Translate,MediaRouter
+--mute-audio --password-store=basic --use-mock-keychain --window-size=1000,800
+--remote-debugging-port=0"""
 KEYS = {  # the codes that a page may ask for
-    "Enter": 13, "Tab": 9, "Escape": 27, "Backspace": 8, "Delete": 46, " ": 32, "Home": 36,
-    "End": 35, "PageUp": 33, "PageDown": 34, "ArrowUp": 38, "ArrowDown": 40, "ArrowLeft": 37,
-    "ArrowRight": 39,
+    "Enter": 13, "Tab": 9, "Escape": 27, "Backspace": 8, "Delete": 46, " ": 32,
+    "Home": 36, "End": 35, "PageUp": 33, "PageDown": 34,
+    "ArrowUp": 38, "ArrowDown": 40, "ArrowLeft": 37, "ArrowRight": 39,
 }  # fmt: skip
 
 
@@ -61,7 +64,12 @@ class Browser:
         env = {**os.environ, "HOME": str(self._folder), "TMPDIR": str(self._folder)}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [program, *FLAGS.split(), f"--user-data-dir={self._folder}", "about:blank"],
+                [
+                    program,
+                    *FLAGS.split(),
+                    f"--user-data-dir={self._folder}",
+                    "about:blank",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -99,7 +107,9 @@ class Browser:
                 port, path = (self._folder / "DevToolsActivePort").read_text().split()
                 return port, path
             time.sleep(0.05)
-        raise BrowserError(f"Chromium did not start:\n{log.read_text(errors='replace')[-2000:]}")
+        raise BrowserError(
+            f"Chromium did not start:\n{log.read_text(errors='replace')[-2000:]}"
+        )
 
     def _stop(self, timeout: float = 5) -> None:
         """Kill all that is left of the process group, and remove the folder."""
@@ -107,7 +117,8 @@ class Browser:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         deadline = time.monotonic() + timeout
-        while self._folder.exists() and time.monotonic() < deadline:  # a child may still write
+        # a child may still write
+        while self._folder.exists() and time.monotonic() < deadline:
             shutil.rmtree(self._folder, ignore_errors=True)
             time.sleep(0.02)
 
@@ -120,7 +131,9 @@ class Browser:
         self._socket.send(json.dumps(frame))
         deadline = time.monotonic() + timeout
         while True:
-            answer = json.loads(self._socket.recv(timeout=max(0, deadline - time.monotonic())))
+            answer = json.loads(
+                self._socket.recv(timeout=max(0, deadline - time.monotonic()))
+            )
             if answer.get("id") != self._number:
                 self._note(answer.get("method"), answer.get("params", {}))
             elif "error" in answer:
@@ -132,21 +145,33 @@ class Browser:
         """Keep what an event says about an error."""
         if event == "Runtime.exceptionThrown":
             self._seen.append(f"exception: {_reason(params['exceptionDetails'])}")
-        elif event == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
-            words = [str(arg.get("value", arg.get("description"))) for arg in params["args"]]
+        elif event == "Runtime.consoleAPICalled" and params["type"] in (
+            "error",
+            "assert",
+        ):
+            words = [
+                str(arg.get("value", arg.get("description"))) for arg in params["args"]
+            ]
             self._seen.append(f"console: {' '.join(words)}")
         elif event == "Log.entryAdded" and params["entry"]["level"] == "error":
             entry = params["entry"]
-            self._seen.append(f"{entry['source']}: {entry['text']} {entry.get('url', '')}".strip())
+            self._seen.append(
+                f"{entry['source']}: {entry['text']} {entry.get('url', '')}".strip()
+            )
 
     @property
     def console(self) -> list[str]:
-        """Errors seen so far, as "source: text url"; a failed connection is of source network."""
-        self.call("Runtime.evaluate", expression="0")  # what came before its answer is in by now
+        """Errors seen so far, as "source: text url"; a failed connection is of source
+        network.
+        """
+        # what came before its answer is in by now
+        self.call("Runtime.evaluate", expression="0")
         return list(self._seen)
 
     def open(self, url: str) -> None:
-        """Go to an address and wait until it is loaded; only a new #fragment loads nothing."""
+        """Go to an address and wait until it is loaded; only a new #fragment loads
+        nothing.
+        """
         if error := self.call("Page.navigate", url=url).get("errorText"):
             raise BrowserError(f"{url}: {error}")
         self.wait_for("document.readyState === 'complete'", 20)
@@ -156,19 +181,25 @@ class Browser:
         before = self.evaluate("performance.timeOrigin")
         self.call("Page.reload")
         self.wait_for(
-            f"performance.timeOrigin !== {before!r} && document.readyState === 'complete'", 20
+            f"performance.timeOrigin !== {before!r} && document.readyState ==="
+            f" 'complete'",
+            20,
         )
 
     def evaluate(self, js: str, timeout: float = 20) -> object:
         """The value of an expression, awaited if it is a promise."""
         options = {"awaitPromise": True, "returnByValue": True, "replMode": True}
-        answer = self.call("Runtime.evaluate", timeout, expression=js, userGesture=True, **options)
+        answer = self.call(
+            "Runtime.evaluate", timeout, expression=js, userGesture=True, **options
+        )
         if "exceptionDetails" in answer:
             raise BrowserError(_reason(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
     def wait_for(self, condition: str, timeout: float = 10) -> None:
-        """Ask until the expression holds, in JavaScript's eyes: an element does, null does not."""
+        """Ask until the expression holds, in JavaScript's eyes: an element does, null
+        does not.
+        """
         deadline = time.monotonic() + timeout
         error = None
         while time.monotonic() < deadline:
@@ -179,7 +210,8 @@ class Browser:
                 error = thrown
             time.sleep(0.03)
         raise TimeoutError(
-            f"not within {timeout} s: {condition}\n{error or ''}\n{self.console}\n{self.text()}"
+            f"not within {timeout} s:"
+            f" {condition}\n{error or ''}\n{self.console}\n{self.text()}"
         )
 
     def type(self, text: str) -> None:
@@ -187,10 +219,16 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, shift: bool = False) -> None:
-        """Press and release one key: a character, or a name such as Enter, Tab or ArrowUp."""
+        """Press and release one key: a character, or a name such as Enter, Tab or
+        ArrowUp.
+        """
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         code = KEYS.get(key) or ord(key.upper())
-        event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        event = {
+            "key": key,
+            "windowsVirtualKeyCode": code,
+            "modifiers": 8 if shift else 0,
+        }
         down = {"type": "keyDown", "text": text} if text else {"type": "rawKeyDown"}
         self.call("Input.dispatchKeyEvent", **event, **down)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
@@ -199,9 +237,15 @@ class Browser:
         """What the page shows, as text."""
         return str(self.evaluate("document.body.innerText"))
 
-    def emulate(self, width: int, height: int, mobile: bool = False, dark: bool = False) -> None:
+    def emulate(
+        self, width: int, height: int, mobile: bool = False, dark: bool = False
+    ) -> None:
         """Another window or phone, and its colour scheme."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 2 if mobile else 1}
+        size = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": 2 if mobile else 1,
+        }
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setDeviceMetricsOverride", mobile=mobile, **size)
         self.call("Emulation.setTouchEmulationEnabled", enabled=mobile)
@@ -209,7 +253,9 @@ class Browser:
 
     def screenshot(self, path: str | Path) -> None:
         """What is to be seen, as a PNG."""
-        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+        Path(path).write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot")["data"])
+        )
 
 
 def _reason(details: dict) -> str:

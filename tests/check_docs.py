@@ -1,7 +1,9 @@
-"""Checks on the docs: excerpts, figures, names, links and paths. Each returns its complaints.
+"""Checks on the docs: excerpts, figures, names, links and paths. Each returns its
+complaints.
 
-A fence says what it holds: ```python is an excerpt of the paired script, ```console a transcript
-that is run (see transcripts.py); ```text, ```sh and the like are not checked.
+A fence says what it holds: ```python is an excerpt of the paired script, ```console a
+transcript that is run (see transcripts.py); ```text, ```sh and the like are not
+checked.
 """
 
 import ast
@@ -74,7 +76,7 @@ def pieces_of(block: str) -> list[list[str]]:
 
 
 def stands_in(block: str, script: str) -> bool:
-    """Whether each piece is a run of lines of the script, in order, all indented alike."""
+    """Whether each piece is a run of lines of the script, in order, indented alike."""
     flat, pieces = check_steps.lines_of(script), pieces_of(block)
     depths = {len(line) - len(line.lstrip()) for line in flat}
     return any(stands_at(pieces, flat, " " * depth) for depth in sorted(depths))
@@ -101,7 +103,9 @@ def excerpt_problems(doc: str, script: str) -> Iterator[str]:
             given = (line.strip() for piece in pieces_of(block.text) for line in piece)
             strange = [line for line in given if line not in known]
             reason = f"not in it: {strange[0]!r}" if strange else "order or indentation"
-            yield f"line {block.line}: this block does not stand in the script ({reason})"
+            yield (
+                f"line {block.line}: this block does not stand in the script ({reason})"
+            )
 
 
 # --- figures and names ---
@@ -142,7 +146,9 @@ def entries(source: str) -> set[str]:
 
 def listed(doc: str, start: str) -> list[str] | None:
     """The backticked names of a line that starts so, and of the lines it runs on to."""
-    match = re.search(rf"^(?:[-*] )?{start}((?:.*\n)(?:(?!\s*$|[-*] |\w[\w ]*:).*\n)*)", doc, re.M)
+    match = re.search(
+        rf"^(?:[-*] )?{start}((?:.*\n)(?:(?!\s*$|[-*] |\w[\w ]*:).*\n)*)", doc, re.M
+    )
     return re.findall(r"`([^`]+)`", match[1]) if match else None
 
 
@@ -195,7 +201,7 @@ FIELD = re.compile(r"[A-Za-z_]+(?:_[A-Za-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z]+)+")
 
 
 def width_problems(doc: str, most: int = 100) -> Iterator[str]:
-    """Lines of prose are no longer than this; tables and links that stand alone are free."""
+    """Lines of prose are no longer than this; tables and lone links are free."""
     for number, line in enumerate(prose(doc).splitlines(), 1):
         is_free = line.startswith("|") or re.fullmatch(r"\S+", line.strip())
         if len(line) > most and not is_free:
@@ -214,7 +220,7 @@ def json_values(text: str) -> list:
 
 
 def json_problems(doc: str) -> Iterator[str]:
-    """Each json block is one JSON value or several; each line of a jsonl block is one."""
+    """A json block is one or more JSON values; each line of a jsonl block is one."""
     for block in blocks(doc, "json"):
         try:
             json_values(block.text)
@@ -236,7 +242,8 @@ def schema_problems(doc: str, tools: list[dict]) -> Iterator[str]:
             if isinstance(value, dict) and isinstance(value.get("function"), dict):
                 name = value["function"].get("name")
                 if "parameters" in value["function"] and known.get(name) != value:
-                    yield f"line {block.line}: {name} is {known.get(name)} in the script"
+                    actual = known.get(name)
+                    yield f"line {block.line}: {name} is {actual} in the script"
 
 
 def constant_problems(doc: str, values: dict) -> Iterator[str]:
@@ -248,9 +255,11 @@ def constant_problems(doc: str, values: dict) -> Iterator[str]:
 
 
 def stale_name_problems(doc: str, sources: Iterable[str]) -> Iterator[str]:
-    """Names in backticks, such as `call_model` or `AnswerText`, are somewhere in the code."""
+    """Names in backticks, such as `call_model`, are somewhere in the code."""
     code = "\n".join(sources)
-    known = set(re.findall(r"\w+", code + "".join(match[0] for match in FENCE.finditer(doc))))
+    known = set(
+        re.findall(r"\w+", code + "".join(match[0] for match in FENCE.finditer(doc)))
+    )
     for text in sorted(set(re.findall(r"`([^`\n]+)`", prose(doc)))):
         name = text.removesuffix("()").rpartition(".")[2]
         if FIELD.fullmatch(name) and name not in known:
@@ -267,11 +276,15 @@ def slugs(doc: str) -> set[str]:
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
         found[slug] = found.get(slug, -1) + 1
-    return {f"{slug}-{n}" if n else slug for slug, last in found.items() for n in range(last + 1)}
+    return {
+        f"{slug}-{n}" if n else slug
+        for slug, last in found.items()
+        for n in range(last + 1)
+    }
 
 
 def link_problems(path: Path, root: Path) -> Iterator[str]:
-    """Relative links lead to files inside the repository, and to headings that exist."""
+    """Relative links lead to files of the repository, and to headings that exist."""
     doc = read(path)
     for target in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(doc))):
         if re.match(r"[a-z][a-z0-9+.-]*:", target):
@@ -285,11 +298,16 @@ def link_problems(path: Path, root: Path) -> Iterator[str]:
 
 
 def path_problems(path: Path, root: Path) -> Iterator[str]:
-    """Backticked paths of the repository exist, or are ignored by git (written at run time)."""
+    """Backticked paths of the repository exist, or are ignored by git (written at run
+    time).
+    """
     codes = re.findall(r"`([^`\n]+)`", prose(read(path)))
     words = {word.strip("'\"(),;:") for code in codes for word in code.split()}
     for word in sorted(words):
-        if not re.fullmatch(r"(?:sessions|workspace|tests)/[\w./-]+", word) or "NN" in word:
+        if (
+            not re.fullmatch(r"(?:sessions|workspace|tests)/[\w./-]+", word)
+            or "NN" in word
+        ):
             continue
         if not (root / word).exists() and not ignored(word, root):
             yield f"`{word}` does not exist, and git does not ignore it"
@@ -307,7 +325,9 @@ def ignored(name: str, root: Path) -> bool:
 
 
 def readme_problems(readme: str, sections: Iterable[Section]) -> Iterator[str]:
-    """The table of sections has each one with its number of lines; both commands are there."""
+    """The table of sections has each one with its number of lines; both commands are
+    there.
+    """
     rows = [
         [cell.strip() for cell in line.strip().strip("|").split("|")]
         for line in readme.splitlines()
@@ -319,9 +339,14 @@ def readme_problems(readme: str, sections: Iterable[Section]) -> Iterator[str]:
         if not own:
             yield f"README.md: the table has no row for {section.label}"
         for row in own:
-            counts = [number(cell) for cell in row[1:] if re.fullmatch(r"\d[\d,]*", cell)]
+            counts = [
+                number(cell) for cell in row[1:] if re.fullmatch(r"\d[\d,]*", cell)
+            ]
             if counts != [real]:
-                yield f"README.md: the row of {section.label} says {counts}, the file has {real}"
+                yield (
+                    f"README.md: the row of {section.label} says {counts}, the file"
+                    f" has {real}"
+                )
     for what, pattern in (
         ("runs the first section", r"sessions/offline_model\.py s01\b"),
         ("runs the tests", r"\bpytest\b"),

@@ -1,4 +1,6 @@
-"""Checks on the ladder: what each section keeps, adds and changes. Each returns its complaints."""
+"""Checks on the ladder: what each section keeps, adds and changes. Each returns its
+complaints.
+"""
 
 import ast
 import difflib
@@ -38,7 +40,9 @@ def lines_of(source: str) -> list[str]:
 
 @dataclass
 class Change:
-    """How many lines one section adds to the one before, how many are gone, what share stays."""
+    """How many lines one section adds to the one before, how many are gone, what share
+    stays.
+    """
 
     added: int
     gone: int
@@ -52,7 +56,12 @@ def change(before: str, after: str) -> Change:
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     kept = sum(block.size for block in matcher.get_matching_blocks())
     codes = matcher.get_opcodes()
-    lost = [line for tag, a, b, _, _ in codes if tag in ("delete", "replace") for line in old[a:b]]
+    lost = [
+        line
+        for tag, a, b, _, _ in codes
+        if tag in ("delete", "replace")
+        for line in old[a:b]
+    ]
     return Change(len(new) - kept, len(old) - kept, kept / max(1, len(old)), lost)
 
 
@@ -61,7 +70,10 @@ def survival_problems(before: Section, after: Section, least: float) -> Iterator
     step = change(before.source, after.source)
     if step.survival < least:
         lost = "".join(f"\n    - {line}" for line in step.lost)
-        yield f"{step.survival:.1%} of {before.label} survive, at least {least:.0%}; gone:{lost}"
+        yield (
+            f"{step.survival:.1%} of {before.label} survive, at least {least:.0%};"
+            f" gone:{lost}"
+        )
 
 
 def size_problems(before: Section | None, after: Section, most: int) -> Iterator[str]:
@@ -184,18 +196,24 @@ def title_problems(section: Section, title: str, idea: str) -> Iterator[str]:
 
 @dataclass
 class Definition:
-    """A name with its code, compared without comments and layout, and the line it starts on."""
+    """A name with its code, compared without comments and layout, and the line it
+    starts on.
+    """
 
     line: int
     code: list[str] = field(default_factory=list)
 
 
 def definitions(source: str) -> dict[str, Definition]:
-    """Top-level functions, classes (without methods), `Class.method`, and assigned names."""
+    """Top-level functions, classes (without methods), `Class.method`, and assigned
+    names.
+    """
     found: dict[str, Definition] = {}
     for node in ast.parse(source).body:
         for name, part in named_parts(node):
-            start = min([part.lineno, *(d.lineno for d in getattr(part, "decorator_list", ()))])
+            start = min(
+                [part.lineno, *(d.lineno for d in getattr(part, "decorator_list", ()))]
+            )
             found.setdefault(name, Definition(start)).code.append(ast.dump(part))
     return found
 
@@ -210,7 +228,9 @@ def named_parts(node: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
         yield node.name, with_body(node, rest)
         for method in methods:
             yield f"{node.name}.{method.name}", method
-    elif isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+    elif (
+        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+    ):
         yield "__main__", node
     elif not is_free(node):
         for name in assigned_names(node) or [ast.unparse(node).splitlines()[0]]:
@@ -226,7 +246,9 @@ def with_body(node: ast.ClassDef, body: list[ast.stmt]) -> ast.ClassDef:
 def is_free(node: ast.stmt) -> bool:
     """Imports, guarded or not, and bare constants such as the docstring."""
     if isinstance(node, ast.Try | ast.If | ast.With):
-        return any(isinstance(part, ast.Import | ast.ImportFrom) for part in ast.walk(node))
+        return any(
+            isinstance(part, ast.Import | ast.ImportFrom) for part in ast.walk(node)
+        )
     constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return constant or isinstance(node, ast.Import | ast.ImportFrom)
 
@@ -255,10 +277,15 @@ def base_names(target: ast.expr) -> list[str]:
 def touched(before: str, after: str) -> set[str]:
     """The earlier definitions that changed, vanished, or (a class) got a new method."""
     old, new = definitions(before), definitions(after)
-    names = {name for name in old if name not in new or new[name].code != old[name].code}
-    gone = {name for name in names if name not in new}  # of a class that is gone, the name says all
+    names = {
+        name for name in old if name not in new or new[name].code != old[name].code
+    }
+    # of a class that is gone, the name says all
+    gone = {name for name in names if name not in new}
     names -= {name for name in gone if "." in name and name.partition(".")[0] in gone}
-    owners = {name.partition(".")[0] for name in set(new) - set(old) if is_method(name, new)}
+    owners = {
+        name.partition(".")[0] for name in set(new) - set(old) if is_method(name, new)
+    }
     return names | (owners & set(old))
 
 
@@ -267,7 +294,9 @@ def is_method(name: str, known: Iterable[str]) -> bool:
     return "." in name and name.partition(".")[0] in known
 
 
-def touch_problems(before: Section, after: Section, declared: Iterable[str]) -> Iterator[str]:
+def touch_problems(
+    before: Section, after: Section, declared: Iterable[str]
+) -> Iterator[str]:
     """The changed definitions are exactly those that steps.toml declares."""
     real, declared = touched(before.source, after.source), set(declared)
     for name in sorted(real - declared):
@@ -288,16 +317,27 @@ def touch_problems(before: Section, after: Section, declared: Iterable[str]) -> 
 def bands(source: str) -> list[tuple[int, str]]:
     """The lines and texts of the band labels, and of what nearly is one."""
     lines = enumerate(source.splitlines(), 1)
-    return [(number, line) for number, line in lines if re.match(r"\s*# ?-{2,} ?\S", line)]
+    return [
+        (number, line) for number, line in lines if re.match(r"\s*# ?-{2,} ?\S", line)
+    ]
 
 
-def band_problems(before: Section | None, after: Section, title: str | None) -> Iterator[str]:
-    """One label for each section so far, in order, then main; earlier ones stay as they were."""
+def band_problems(
+    before: Section | None, after: Section, title: str | None
+) -> Iterator[str]:
+    """One label for each section so far, in order, then main; earlier ones stay as they
+    were.
+    """
     labels = [line for _, line in bands(after.source)]
     for line in labels:
         if not LABEL.fullmatch(line):
-            yield f"{after.label}: not a band label of the form '# --- sNN: title ---': {line!r}"
-    numbers = [match[1] or "main" for line in labels if (match := LABEL.fullmatch(line))]
+            yield (
+                f"{after.label}: not a band label of the form '# --- sNN: title"
+                f" ---': {line!r}"
+            )
+    numbers = [
+        match[1] or "main" for line in labels if (match := LABEL.fullmatch(line))
+    ]
     last = int(after.label[1:])
     wanted = [*(f"s{number:02}" for number in range(1, last + 1)), "main"]
     if numbers != wanted:
@@ -305,7 +345,10 @@ def band_problems(before: Section | None, after: Section, title: str | None) -> 
     earlier = [line for _, line in bands(before.source)][:-1] if before else []
     for line in earlier:
         if line not in labels:
-            yield f"{after.label}: the label {line!r} of {before.label} is gone or has changed"
+            yield (
+                f"{after.label}: the label {line!r} of {before.label} is gone or"
+                f" has changed"
+            )
     own = f"# --- {after.label}: {title} ---"
     if title and own not in labels:
         yield f"{after.label}: no label {own!r}, as the title in steps.toml has it"
@@ -314,9 +357,11 @@ def band_problems(before: Section | None, after: Section, title: str | None) -> 
 def place_problems(
     before: Section | None, after: Section, elsewhere: Iterable[str]
 ) -> Iterator[str]:
-    """What is new stands in the section's own band, or is listed as standing elsewhere."""
+    """What is new stands in the section's own band, or is listed as elsewhere."""
     labels = bands(after.source)
-    own = [number for number, line in labels if line.startswith(f"# --- {after.label}:")]
+    own = [
+        number for number, line in labels if line.startswith(f"# --- {after.label}:")
+    ]
     end = [number for number, line in labels if line == "# --- main ---"]
     if not before or not own or not end:
         return
@@ -325,11 +370,14 @@ def place_problems(
     outside = {name for name in names if not own[0] < new[name].line < end[0]}
     for name in sorted(outside - set(elsewhere)):
         yield (
-            f"{after.label}: {name} (line {new[name].line}) is new and stands outside the band of"
+            f"{after.label}: {name} (line {new[name].line}) is new and stands outside"
+            f" the band of"
             f" {after.label}: move it, or give the reason in [{after.label}.elsewhere]"
         )
     for name in sorted(set(elsewhere) - outside):
-        yield f"{after.label}: remove {name} from [{after.label}.elsewhere]: it is not so"
+        yield (
+            f"{after.label}: remove {name} from [{after.label}.elsewhere]: it is not so"
+        )
 
 
 # --- headers and imports ---
@@ -375,11 +423,15 @@ def header_problems(section: Section) -> Iterator[str]:
         yield f"{label}: the script does not begin with a PEP 723 header"
         return
     if data.get("requires-python") != ">=3.11":
-        yield f"{label}: requires-python is {data.get('requires-python')!r}, not '>=3.11'"
+        yield (
+            f"{label}: requires-python is {data.get('requires-python')!r}, not '>=3.11'"
+        )
     listed = data.get("dependencies", [])
     for line in listed:
         if not re.search(rf'(?m)^#\s+"{re.escape(line)}",$', source):
-            yield f"{label}: the dependency {line!r} does not stand on a line of its own"
+            yield (
+                f"{label}: the dependency {line!r} does not stand on a line of its own"
+            )
         if ">=" not in line:
             yield f"{label}: the dependency {line!r} has no lower bound"
     used = imports(source) - set(sys.stdlib_module_names)
@@ -399,7 +451,9 @@ def bounds_of(section: Section) -> dict[str, str]:
 def standalone_problems(section: Section) -> Iterator[str]:
     """No section imports another one, or a file that lies beside it."""
     folder = section.path.parent
-    beside = {path.stem for root in (folder, folder.parent) for path in root.glob("*.py")}
+    beside = {
+        path.stem for root in (folder, folder.parent) for path in root.glob("*.py")
+    }
     packages = {path.name for path in folder.parent.iterdir() if path.is_dir()}
     for name in sorted(imports(section.source)):
         if name in beside | packages | {"sessions"} or name.startswith("."):
@@ -407,7 +461,9 @@ def standalone_problems(section: Section) -> Iterator[str]:
 
 
 def requirement_problems(sections: Iterable[Section], root: Path) -> Iterator[str]:
-    """requirements.txt is what all headers say together, and so is offline_model.py's header."""
+    """requirements.txt is what all headers say together, and so is offline_model.py's
+    header.
+    """
     text = (root / "requirements.txt").read_text(encoding="utf-8")
     installed, used = requirements(text.splitlines()), {}
     for section in sections:
@@ -435,7 +491,9 @@ def encoding_problems(path: Path) -> Iterator[str]:
     """Every text file is opened with an explicit encoding."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and opens_text(node):
-            yield f"{path.name}:{node.lineno}: {ast.unparse(node)[:60]} without encoding="
+            yield (
+                f"{path.name}:{node.lineno}: {ast.unparse(node)[:60]} without encoding="
+            )
 
 
 def opens_text(call: ast.Call) -> bool:
@@ -467,13 +525,15 @@ for name in modules:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 sys.dont_write_bytecode = True
+SOCKETS = ("socket.__new__", "socket.connect", "socket.bind", "socket.getaddrinfo")
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "os.system")
 events = []
 
 
 def watch(event, args):
-    if event in ("socket.__new__", "socket.connect", "socket.bind", "socket.getaddrinfo"):
+    if event in SOCKETS:
         events.append(event)
-    elif event in ("os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "os.system"):
+    elif event in CHANGES:
         events.append(f"{event} {args[0]}")
     elif event == "open" and isinstance(args[0], str | bytes):
         flags = args[2] or 0
@@ -504,7 +564,11 @@ def top_level_imports(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.append(node.module)
         elif not isinstance(node, FUNCTION | ast.ClassDef):
-            nodes += [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)]
+            nodes += [
+                part
+                for part in ast.iter_child_nodes(node)
+                if isinstance(part, ast.stmt)
+            ]
     return names
 
 
@@ -525,8 +589,12 @@ def import_effects(
         encoding="utf-8",
         timeout=60,
     )
-    yield from (f"{section.label}: on import: {line}" for line in done.stderr.splitlines())
-    yield from (f"{section.label}: on import it prints {s!r}" for s in done.stdout.splitlines())
+    yield from (
+        f"{section.label}: on import: {line}" for line in done.stderr.splitlines()
+    )
+    yield from (
+        f"{section.label}: on import it prints {s!r}" for s in done.stdout.splitlines()
+    )
     made = {*workspace.rglob("*"), *here.rglob("*")} - files
     yield from (f"{section.label}: on import it makes {path}" for path in sorted(made))
     if result.exists():

@@ -18,20 +18,26 @@ ROOM = 2 << 30  # bytes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Without the option, a test runs whole on its first section, and in samples on the last."""
+    """Without the option, a test runs whole on its first section, and in samples on the
+    last.
+    """
     about = "run each test whole on each section that it holds for"
     parser.addoption("--every-section", action="store_true", help=about)
 
 
 def pytest_configure() -> None:
-    """Keep what tests write in memory where there is room: no test waits for another's disk."""
+    """Keep what tests write in memory where there is room: no test waits for another's
+    disk.
+    """
     memory = Path("/dev/shm")
     if os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > ROOM:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker more than cores: a test waits for much of its time, for a screen or a clock."""
+    """One worker more than cores: a test waits for much of its time, for a screen or a
+    clock.
+    """
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return len(allowed(0)) + 1
 
@@ -41,19 +47,25 @@ def is_below_first(path: Path) -> bool:
 
 
 def sections_for(test: pytest.Item) -> list[harness.Section]:
-    """The ladder that a test is about: those below tests/first have one of their own."""
+    """The ladder that a test is about: tests/first has one of its own."""
     return FIRST_SECTIONS if is_below_first(test.path) else NEXT_SECTIONS
 
 
 def wanted(test: pytest.Item, every: bool = True) -> list[harness.Section]:
-    """The sections that a test holds for, from its `since` mark; or the first and last of them."""
+    """The sections that a test holds for, from its `since` mark; or the first and last
+    of them.
+    """
     first, last = "s01", None
     if mark := test.get_closest_marker("since"):
         first, last = mark.args[0], mark.kwargs.get("until")
     for label in (first, last or first):
         if not re.fullmatch(r"s\d\d", label):
             raise pytest.UsageError(f"since({label!r}): write a label such as s01")
-    found = [s for s in sections_for(test) if first <= s.label and (not last or s.label <= last)]
+    found = [
+        s
+        for s in sections_for(test)
+        if first <= s.label and (not last or s.label <= last)
+    ]
     return found if every else [*found[:1], *found[1:][-1:]]
 
 
@@ -75,21 +87,30 @@ def is_first(item: pytest.Item) -> bool:
 
 
 def has_no_case(item: pytest.Item) -> bool:
-    """Whether a test takes `section`, and the sections that it holds for are not there yet."""
+    """Whether a test takes `section`, and the sections that it holds for are not there
+    yet.
+    """
     return "section" in item.fixturenames and not wanted(item)
 
 
 def names_first(config: pytest.Config) -> bool:
     """Whether the command line names tests/first, or something in it."""
-    paths = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    paths = [
+        Path(config.invocation_params.dir, arg.partition("::")[0])
+        for arg in config.args
+    ]
     return any(is_below_first(path.resolve()) for path in paths)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what has no case, and of tests/first all but the guards, unless it is named.
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leave out what has no case, and of tests/first all but the guards, unless it is
+    named.
 
-    On a test's last section, run every third of its parameter sets: the first has run all. What
-    takes long begins first, so that no worker is left alone with it in the end.
+    On a test's last section, run every third of its parameter sets: the first has run
+    all. What takes long begins first, so that no worker is left alone with it in the
+    end.
     """
     items.sort(key=lambda item: not item.get_closest_marker("costly"))
     whole_first = names_first(config)
@@ -115,7 +136,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test that does not take `section` until the section that earns it is there."""
+    """Skip a test that does not take `section` until the section that earns it is
+    there.
+    """
     mark = item.get_closest_marker("since")
     if mark and not wanted(item):
         pytest.skip(f"no section from {mark.args[0]} on yet")
@@ -134,7 +157,7 @@ def section(request: pytest.FixtureRequest) -> harness.Section:
 
 @pytest.fixture
 def whole(request: pytest.FixtureRequest, section: harness.Section) -> bool:
-    """Whether a test of many rounds runs them all here; if not, some of them will do."""
+    """Whether a test of many rounds runs them all here; if not, some will do."""
     config, test = request.config, request.node
     is_mere_guard = is_below_first(test.path) and not names_first(config)
     return config.getoption("--every-section") or (is_first(test) and not is_mere_guard)
@@ -142,7 +165,9 @@ def whole(request: pytest.FixtureRequest, section: harness.Section) -> bool:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    """A fresh copy of the files that ship in workspace/; `env` names it in WORKSPACE_DIR."""
+    """A fresh copy of the files that ship in workspace/; `env` names it in
+    WORKSPACE_DIR.
+    """
     target = tmp_path / "workspace"
     target.mkdir()
     for path in harness.shipped_files("workspace"):
@@ -162,7 +187,9 @@ def env(tmp_path: Path, workspace: Path) -> dict[str, str]:
 
 @dataclass
 class Offline:
-    """The offline model while it serves: its address, and an environment that points to it."""
+    """The offline model while it serves: its address, and an environment that points to
+    it.
+    """
 
     url: str
     env: dict[str, str]
@@ -175,7 +202,11 @@ def offline(env: dict[str, str]) -> Iterator[Offline]:
     if not path.exists():
         pytest.skip("there is no sessions/offline_model.py yet")
     server = harness.load(path).serve(port=0, pace=0)
-    settings = {"OPENAI_API_KEY": "offline", "OPENAI_BASE_URL": server.url, "MODEL_ID": "offline"}
+    settings = {
+        "OPENAI_API_KEY": "offline",
+        "OPENAI_BASE_URL": server.url,
+        "MODEL_ID": "offline",
+    }
     yield Offline(server.url, env | settings)
     server.shutdown()
     server.server_close()

@@ -1,7 +1,7 @@
 """What real servers have been seen to send: odd streams, and the bodies of errors.
 
-Each entry says what a client should make of it. A chunk is a dict (sent as JSON) or a string
-(sent as it is; one that starts with ":" is an SSE comment).
+Each entry says what a client should make of it. A chunk is a dict (sent as JSON) or a
+string (sent as it is; one that starts with ":" is an SSE comment).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ Chunk = dict[str, Any] | str
 
 @dataclass(frozen=True)
 class Stream:
-    """A streamed answer, and the text, calls and finish_reason a client should read in it."""
+    """A streamed answer, and the text, calls and finish_reason a client should read in
+    it.
+    """
 
     about: str
     chunks: list[Chunk]
@@ -36,7 +38,12 @@ class Failure:
 
 def envelope(choices: list[dict], **more: Any) -> dict:
     """A chunk as OpenAI frames it."""
-    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "fake"}
+    head = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "fake",
+    }
     return {**head, "choices": choices, **more}
 
 
@@ -50,13 +57,20 @@ def says(text: str | None, **fields: Any) -> dict:
     return delta(role="assistant", content=text, **fields)
 
 
-def call(index: int | None = 0, id: str | None = None, name: str | None = None, arguments=None):
+def call(
+    index: int | None = 0,
+    id: str | None = None,
+    name: str | None = None,
+    arguments=None,
+):
     """A fragment of a tool call, with only the fields that are given."""
     fragment: dict[str, Any] = {} if index is None else {"index": index}
     if id is not None:
         fragment |= {"id": id, "type": "function"}
     function = {"name": name, "arguments": arguments}
-    fragment["function"] = {key: value for key, value in function.items() if value is not None}
+    fragment["function"] = {
+        key: value for key, value in function.items() if value is not None
+    }
     return fragment
 
 
@@ -153,7 +167,10 @@ STREAMS = {
     "null_fn_args": Stream(
         "arguments null",
         [
-            calls(call(0, "call_1") | {"function": {"name": "now", "arguments": None}}, **ROLE),
+            calls(
+                call(0, "call_1") | {"function": {"name": "now", "arguments": None}},
+                **ROLE,
+            ),
             CALLED,
         ],
         calls=[("now", {})],
@@ -175,7 +192,9 @@ STREAMS = {
         ],
         text="ok",
     ),
-    "length": Stream("cut at the limit", [says("cut"), delta("length")], "cut", finish="length"),
+    "length": Stream(
+        "cut at the limit", [says("cut"), delta("length")], "cut", finish="length"
+    ),
     "filter": Stream(
         "stopped by a filter",
         [says("cut"), delta("content_filter")],
@@ -235,8 +254,16 @@ STREAMS = {
     "no_created": Stream(
         "a frame with little in it",
         [
-            {"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "x"}}]},
-            {"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+            {
+                "id": "x",
+                "choices": [
+                    {"index": 0, "delta": {"role": "assistant", "content": "x"}}
+                ],
+            },
+            {
+                "id": "x",
+                "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}],
+            },
         ],
         text="x",
     ),
@@ -277,7 +304,11 @@ STREAMS = {
         [
             says("x"),
             STOPPED,
-            {"id": "x", "object": "chat.completion.chunk", "usage": {"total_tokens": 3}},
+            {
+                "id": "x",
+                "object": "chat.completion.chunk",
+                "usage": {"total_tokens": 3},
+            },
         ],
         text="x",
     ),
@@ -292,7 +323,15 @@ def error(
     **more: Any,
 ) -> dict:
     """An error body as OpenAI frames it."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code, **more}}
+    return {
+        "error": {
+            "message": message,
+            "type": type,
+            "param": param,
+            "code": code,
+            **more,
+        }
+    }
 
 
 def bare(message: str, **fields: Any) -> dict:
@@ -307,7 +346,8 @@ ERRORS = {
         "overflow",
         400,
         error(
-            "This model's maximum context length is 8192 tokens. However, your messages resulted"
+            "This model's maximum context length is 8192 tokens. However, your"
+            " messages resulted"
             " in 9000 tokens.",
             "context_length_exceeded",
             INVALID,
@@ -315,11 +355,15 @@ ERRORS = {
         ),
     ),
     "e401": Failure(
-        "auth", 401, error("Incorrect API key provided: sk-x.", "invalid_api_key", INVALID)
+        "auth",
+        401,
+        error("Incorrect API key provided: sk-x.", "invalid_api_key", INVALID),
     ),
     "e402": Failure("quota", 402, bare("Insufficient credits", code=402)),
     "e403": Failure(
-        "auth", 403, bare("Country not supported", code="unsupported_country_region_territory")
+        "auth",
+        403,
+        bare("Country not supported", code="unsupported_country_region_territory"),
     ),
     "e404": Failure("fatal", 404, error("model 'x' not found", type="not_found_error")),
     "e408": Failure("retry", 408, bare("timeout")),
@@ -343,16 +387,27 @@ ERRORS = {
     "e429quota": Failure(
         "quota",
         429,
-        error("You exceeded your current quota", "insufficient_quota", "insufficient_quota"),
+        error(
+            "You exceeded your current quota",
+            "insufficient_quota",
+            "insufficient_quota",
+        ),
     ),
     "e429long": Failure("rate", 429, bare("slow"), {"Retry-After": "300"}),
     "e500": Failure("retry", 500, bare("boom", type="api_error")),
     "e503": Failure("retry", 503, "<html>bad gateway</html>"),
-    "e500str": Failure("retry", 500, {"error": "model runner has unexpectedly stopped"}),
+    "e500str": Failure(
+        "retry", 500, {"error": "model runner has unexpectedly stopped"}
+    ),
     "e400flat": Failure(
         "fatal",
         400,
-        {"object": "error", "message": "flat error body", "type": "BadRequestError", "code": 400},
+        {
+            "object": "error",
+            "message": "flat error body",
+            "type": "BadRequestError",
+            "code": 400,
+        },
     ),
     "e200err": Failure("retry", 200, bare("provider returned error", code=502)),
     "gpt4all": Failure("fatal", 400, error("'stream' is not supported", type=INVALID)),
@@ -360,7 +415,8 @@ ERRORS = {
         "overflow",
         400,
         bare(
-            "request (13392 tokens) exceeds the available context size (8192 tokens), try"
+            "request (13392 tokens) exceeds the available context size (8192 tokens),"
+            " try"
             " increasing it",
             code=400,
             type="exceed_context_size_error",
@@ -372,8 +428,10 @@ ERRORS = {
         "overflow",
         400,
         {
-            "error": "The number of tokens to keep from the initial prompt is greater than the"
-            " context length (n_keep: 13055>= n_ctx: 4096). Try to load the model with a larger"
+            "error": "The number of tokens to keep from the initial prompt is greater"
+            " than the"
+            " context length (n_keep: 13055>= n_ctx: 4096). Try to load the model"
+            " with a larger"
             " context length, or provide a shorter input."
         },
     ),
@@ -381,8 +439,10 @@ ERRORS = {
         "overflow",
         400,
         error(
-            "You passed 1015 input tokens and requested 10 output tokens. However, the model's"
-            " context length is only 1024 tokens, resulting in a maximum input length of 1014"
+            "You passed 1015 input tokens and requested 10 output tokens. However,"
+            " the model's"
+            " context length is only 1024 tokens, resulting in a maximum input length"
+            " of 1014"
             " tokens.",
             400,
             "BadRequestError",
@@ -394,7 +454,8 @@ ERRORS = {
         400,
         {
             "object": "error",
-            "message": "This model's maximum context length is 6048 tokens. However, you requested"
+            "message": "This model's maximum context length is 6048 tokens. However,"
+            " you requested"
             " 6616 tokens",
             "type": "BadRequestError",
             "param": None,
@@ -405,7 +466,8 @@ ERRORS = {
         "overflow",
         400,
         bare(
-            "This endpoint's maximum context length is 262000 tokens. However, you requested about"
+            "This endpoint's maximum context length is 262000 tokens. However, you"
+            " requested about"
             " 263390 tokens",
             code=400,
             metadata={"provider_name": None},
@@ -418,20 +480,23 @@ ERRORS = {
             "Provider returned error",
             code=400,
             metadata={
-                "raw": '{"error":{"message":"This model\'s maximum context length is 262144'
-                ' tokens."}}',
+                "raw": '{"error":{"message":"This model\'s maximum context length'
+                ' is 262144 tokens."}}',
                 "provider_name": "Nvidia",
             },
         ),
     ),
     "ollama": Failure(
-        "overflow", 400, error("the input length exceeds the context length", type=INVALID)
+        "overflow",
+        400,
+        error("the input length exceeds the context length", type=INVALID),
     ),
     "gpt5": Failure(
         "overflow",
         400,
         error(
-            "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in"
+            "Input tokens exceed the configured limit of 272000 tokens. Your messages"
+            " resulted in"
             " 289650 tokens.",
             "context_length_exceeded",
             INVALID,
@@ -463,32 +528,40 @@ ERRORS = {
     ),
 }
 
-# More error answers of real servers; here the kind is the reason as s09 names it. What only loose
+# More error answers of real servers; here the kind is the reason as s09 names it. What
+# only loose
 # words tell apart (Anthropic's empty account is a 400) is what its status says.
 PROVIDERS = {
     "openai_no_access": Failure(
         "model_not_found",
         403,
-        error("Project `p` does not have access to model `m`", "model_not_found", INVALID),
+        error(
+            "Project `p` does not have access to model `m`", "model_not_found", INVALID
+        ),
     ),
     "openai_tokens_per_min": Failure(
         "rate_limit",
         429,
         error(
-            "Request too large for gpt-4 in organization o on tokens per min (TPM): Limit 10000,"
-            " Requested 12401. The input or output tokens must be reduced in order to run.",
+            "Request too large for gpt-4 in organization o on tokens per min (TPM):"
+            " Limit 10000,"
+            " Requested 12401. The input or output tokens must be reduced in order to"
+            " run.",
             "rate_limit_exceeded",
             "tokens",
         ),
     ),
     "openai_not_active": Failure(
-        "billing", 429, error("Your account is not active", "billing_not_active", INVALID)
+        "billing",
+        429,
+        error("Your account is not active", "billing_not_active", INVALID),
     ),
     "openrouter_402": Failure(
         "billing",
         402,
         bare(
-            "This request requires more credits, or fewer max_tokens. You requested up to 65536"
+            "This request requires more credits, or fewer max_tokens. You requested"
+            " up to 65536"
             " tokens, but can only afford 4290.",
             code=402,
             metadata={"provider_name": None},
@@ -497,7 +570,11 @@ PROVIDERS = {
     "openrouter_402_budget": Failure(
         "rate_limit",
         402,
-        bare("In flight", code=402, metadata={"limit_source": "openrouter_in_flight_budget"}),
+        bare(
+            "In flight",
+            code=402,
+            metadata={"limit_source": "openrouter_in_flight_budget"},
+        ),
         {"Retry-After": "3"},
     ),
     "openrouter_403_flagged": Failure(
@@ -506,17 +583,25 @@ PROVIDERS = {
         bare(
             "The model requires moderation and your input was flagged",
             code=403,
-            metadata={"reasons": ["violence"], "flagged_input": "how to...", "provider_name": "x"},
+            metadata={
+                "reasons": ["violence"],
+                "flagged_input": "how to...",
+                "provider_name": "x",
+            },
         ),
     ),
     "openrouter_403_limit": Failure(
         "auth", 403, bare("Key limit exceeded (total limit).", code=403)
     ),
     "openrouter_403_raw": Failure(
-        "auth", 403, bare("Provider returned error", code=403, metadata={"raw": "Forbidden"})
+        "auth",
+        403,
+        bare("Provider returned error", code=403, metadata={"raw": "Forbidden"}),
     ),
     "openrouter_404": Failure(
-        "model_not_found", 404, bare("No endpoints found that support tool use.", code=404)
+        "model_not_found",
+        404,
+        bare("No endpoints found that support tool use.", code=404),
     ),
     "openrouter_429": Failure(
         "rate_limit",
@@ -524,10 +609,15 @@ PROVIDERS = {
         bare(
             "Provider returned error",
             code=429,
-            metadata={"raw": "m is temporarily rate-limited upstream", "provider_name": "Chutes"},
+            metadata={
+                "raw": "m is temporarily rate-limited upstream",
+                "provider_name": "Chutes",
+            },
         ),
     ),
-    "openrouter_502": Failure("overloaded", 502, bare("Provider returned error", code=502)),
+    "openrouter_502": Failure(
+        "overloaded", 502, bare("Provider returned error", code=502)
+    ),
     "openrouter_524": Failure("overloaded", 524, "<html>A timeout occurred</html>"),
     "gemini_key": Failure(
         "auth",
@@ -560,10 +650,16 @@ PROVIDERS = {
     "gemini_quota": Failure(
         "rate_limit",
         429,
-        [bare("You exceeded your current quota", code=429, status="RESOURCE_EXHAUSTED")],
+        [
+            bare(
+                "You exceeded your current quota", code=429, status="RESOURCE_EXHAUSTED"
+            )
+        ],
     ),
     "gemini_503": Failure(
-        "overloaded", 503, [bare("The model is overloaded.", code=503, status="UNAVAILABLE")]
+        "overloaded",
+        503,
+        [bare("The model is overloaded.", code=503, status="UNAVAILABLE")],
     ),
     "gemini_400": Failure(
         "format", 400, [bare("Unknown name 'x'", code=400, status="INVALID_ARGUMENT")]
@@ -581,7 +677,8 @@ PROVIDERS = {
         "overflow",
         413,
         bare(
-            "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested"
+            "Request too large for model `m` on tokens per minute (TPM): Limit 6000,"
+            " Requested"
             " 8012, please reduce your message size and try again.",
             type="tokens",
             code="rate_limit_exceeded",
@@ -589,7 +686,9 @@ PROVIDERS = {
     ),
     "groq_498": Failure("overloaded", 498, bare("Flex tier capacity exceeded")),
     "groq_tool": Failure(
-        "format", 400, bare("Failed to call a function.", type=INVALID, code="tool_use_failed")
+        "format",
+        400,
+        bare("Failed to call a function.", type=INVALID, code="tool_use_failed"),
     ),
     "deepseek_402": Failure(
         "billing", 402, error("Insufficient Balance", INVALID, "unknown_error")
@@ -598,14 +697,22 @@ PROVIDERS = {
         "auth", 401, error("Authentication Fails", INVALID, "authentication_error")
     ),
     "anthropic_529": Failure(
-        "overloaded", 529, {"type": "error", **bare("Overloaded", type="overloaded_error")}
+        "overloaded",
+        529,
+        {"type": "error", **bare("Overloaded", type="overloaded_error")},
     ),
     "anthropic_429": Failure(
-        "rate_limit", 429, {"type": "error", **bare("slow down", type="rate_limit_error")}
+        "rate_limit",
+        429,
+        {"type": "error", **bare("slow down", type="rate_limit_error")},
     ),
-    "anthropic_credit": Failure("format", 400, bare("Your balance is too low", type=INVALID)),
+    "anthropic_credit": Failure(
+        "format", 400, bare("Your balance is too low", type=INVALID)
+    ),
     "anthropic_long": Failure(
-        "overflow", 400, bare("prompt is too long: 210000 tokens > 200000 maximum", type=INVALID)
+        "overflow",
+        400,
+        bare("prompt is too long: 210000 tokens > 200000 maximum", type=INVALID),
     ),
     "azure_401": Failure(
         "auth", 401, bare("Access denied due to invalid subscription key", code="401")
@@ -613,13 +720,23 @@ PROVIDERS = {
     "azure_404": Failure(
         "model_not_found",
         404,
-        bare("The API deployment for this resource does not exist.", code="DeploymentNotFound"),
+        bare(
+            "The API deployment for this resource does not exist.",
+            code="DeploymentNotFound",
+        ),
     ),
-    "azure_429": Failure("rate_limit", 429, bare("retry after 7 seconds", code="RateLimitReached")),
+    "azure_429": Failure(
+        "rate_limit", 429, bare("retry after 7 seconds", code="RateLimitReached")
+    ),
     "azure_filter": Failure(
         "format",
         400,
-        bare("The response was filtered", code="content_filter", status=400, innererror={}),
+        bare(
+            "The response was filtered",
+            code="content_filter",
+            status=400,
+            innererror={},
+        ),
     ),
     "vllm_404": Failure(
         "model_not_found",
@@ -638,7 +755,9 @@ PROVIDERS = {
         },
     ),
     "lmstudio_load": Failure("format", 400, {"error": "Model unloaded."}),
-    "lmstudio_404": Failure("model_not_found", 404, {"error": "Failed to load model m."}),
+    "lmstudio_404": Failure(
+        "model_not_found", 404, {"error": "Failed to load model m."}
+    ),
     "llamacpp_500": Failure(
         "overflow",
         500,
@@ -651,32 +770,57 @@ PROVIDERS = {
         "auth", 401, bare("Invalid API Key", code=401, type="authentication_error")
     ),
     "ollama_404": Failure(
-        "model_not_found", 404, bare('model "m" not found, try pulling it first', type="api_error")
+        "model_not_found",
+        404,
+        bare('model "m" not found, try pulling it first', type="api_error"),
     ),
     "moonshot_quota": Failure(
         "billing", 429, bare("check your plan", type="exceeded_current_quota_error")
     ),
     "dashscope_arrearage": Failure(
-        "billing", 400, error("Access denied, make sure your account is paid", "Arrearage", "x")
+        "billing",
+        400,
+        error("Access denied, make sure your account is paid", "Arrearage", "x"),
     ),
     "mistral_model": Failure(
         "model_not_found",
         400,
-        {"object": "error", "message": "Invalid model: m", "type": "invalid_model", "code": "1500"},
+        {
+            "object": "error",
+            "message": "Invalid model: m",
+            "type": "invalid_model",
+            "code": "1500",
+        },
     ),
     "mistral_422": Failure(
-        "format", 422, {"object": "error", "message": {"detail": [{"msg": "Field required"}]}}
+        "format",
+        422,
+        {"object": "error", "message": {"detail": [{"msg": "Field required"}]}},
     ),
     "generate": Failure("format", 400, bare("cannot generate with this temperature")),
-    "keyword": Failure("format", 400, bare("unexpected keyword 'x': KeyError, key 'messages'")),
-    "tokens": Failure("format", 400, bare("unknown token; token ids must be whole numbers")),
-    "digits": Failure("overloaded", 500, bare("id 4294010402 took 429 ms, 401 steps, 402 kB")),
-    "words_500": Failure("overloaded", 500, bare("rate limit: quota, invalid api key, billing")),
-    "words_400": Failure("format", 400, bare("rate limit: 429, 401, overloaded, billing, timeout")),
+    "keyword": Failure(
+        "format", 400, bare("unexpected keyword 'x': KeyError, key 'messages'")
+    ),
+    "tokens": Failure(
+        "format", 400, bare("unknown token; token ids must be whole numbers")
+    ),
+    "digits": Failure(
+        "overloaded", 500, bare("id 4294010402 took 429 ms, 401 steps, 402 kB")
+    ),
+    "words_500": Failure(
+        "overloaded", 500, bare("rate limit: quota, invalid api key, billing")
+    ),
+    "words_400": Failure(
+        "format", 400, bare("rate limit: 429, 401, overloaded, billing, timeout")
+    ),
     "number": Failure("overloaded", 500, 5),
     "null": Failure("overloaded", 500, None),
     "empty_401": Failure("auth", 401, ""),
-    "odd_error": Failure("rate_limit", 429, {"error": [1, {"code": ["x"]}], "metadata": 3}),
-    "odd_code": Failure("format", 400, bare("odd", code=["x"], type={"a": 1}, metadata=["x"])),
+    "odd_error": Failure(
+        "rate_limit", 429, {"error": [1, {"code": ["x"]}], "metadata": 3}
+    ),
+    "odd_code": Failure(
+        "format", 400, bare("odd", code=["x"], type={"a": 1}, metadata=["x"])
+    ),
     "odd_403": Failure("auth", 403, bare("odd", metadata="flagged_input")),
 }

@@ -1,8 +1,10 @@
-"""A strict stand-in for the Feishu (Lark) platform, over loopback HTTP in both directions.
+"""A strict stand-in for the Feishu (Lark) platform, over loopback HTTP in both
+directions.
 
-As a server it is the open API: tokens, the bot's identity, sending and replying. As a client it
-makes the events that Feishu posts to a webhook, encrypts and signs them, and forges them on demand.
-What a correct bot would never send is noted in `problems`, besides being refused.
+As a server it is the open API: tokens, the bot's identity, sending and replying. As a
+client it makes the events that Feishu posts to a webhook, encrypts and signs them, and
+forges them on demand. What a correct bot would never send is noted in `problems`,
+besides being refused.
 """
 
 import base64
@@ -36,14 +38,19 @@ SEND_PATH = "/open-apis/im/v1/messages"
 REPLY_PATH = re.compile(re.escape(SEND_PATH) + r"/([^/]+)/reply")
 PREFIXES = {"open_id": "ou_", "chat_id": "oc_"}
 PLACEHOLDER = re.compile(r"(@_user_\d+|@_all)")
-FILES = {"image": {"image_key": "img_1"}, "file": {"file_key": "file_1", "file_name": "a.pdf"}}
+FILES = {
+    "image": {"image_key": "img_1"},
+    "file": {"file_key": "file_1", "file_name": "a.pdf"},
+}
 MAX_BODY = 150 * 1024
 RENEWAL = 30 * 60  # a token with less left than this is no longer given out again
 UUID_MEMORY = 60 * 60
 STALE = 2 * 60 * 60
-BUGS = {9499, 99991661, 99992402, 230001, 230025, 230034}  # no correct bot ever gets these
+# no correct bot ever gets these
+BUGS = {9499, 99991661, 99992402, 230001, 230025, 230034}
 KEYED = ("signature", "unsigned", "body", "stale", "plain", "key", "padding", "base64")
-FORGERIES = ("token", "json", *KEYED)  # what encode() can do; KEYED only with an encrypt key
+# what encode() can do; KEYED only with an encrypt key
+FORGERIES = ("token", "json", *KEYED)
 
 Answer = tuple[int, Any, dict[str, str]]
 Encoded = tuple[bytes, dict[str, str]]
@@ -51,7 +58,9 @@ Encoded = tuple[bytes, dict[str, str]]
 
 @dataclass
 class Call:
-    """One request to the open API; headers by lower-case name, status 0 if it got no answer."""
+    """One request to the open API; headers by lower-case name, status 0 if it got no
+    answer.
+    """
 
     method: str
     path: str
@@ -68,7 +77,9 @@ class Call:
 
 @dataclass
 class Sent:
-    """One message that reached its chat; a reply has `reply_to`, and its chat as receive_id."""
+    """One message that reached its chat; a reply has `reply_to`, and its chat as
+    receive_id.
+    """
 
     receive_id_type: str
     receive_id: str
@@ -81,7 +92,7 @@ class Sent:
 
 @dataclass
 class Response:
-    """What a webhook answered, and after how long; status 0 and `error` if it did not."""
+    """What a webhook answered, and how soon; status 0 and `error` if it did not."""
 
     status: int
     body: str
@@ -95,7 +106,9 @@ class Response:
 
 @dataclass
 class Fault:
-    """What goes wrong with calls whose path holds `part`: an answer, else a wait, else a drop."""
+    """What goes wrong with calls whose path holds `part`: an answer, else a wait, else
+    a drop.
+    """
 
     part: str
     times: int
@@ -117,7 +130,8 @@ class Refused(Exception):
 class FakeFeishu:
     """The platform with one app, one user and one group; a context manager.
 
-    `url` is the domain. The bot reaches `users` and `chats`; event() adds those it comes from.
+    `url` is the domain. The bot reaches `users` and `chats`; event() adds those it
+    comes from.
     """
 
     def __init__(self, encrypt_key: str = "", verification_token: str = "v-token"):
@@ -164,7 +178,9 @@ class FakeFeishu:
         """Wait until so many messages have been sent."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self.sent) >= count, timeout):
-                raise AssertionError(f"{len(self.sent)} of {count} messages after {timeout} s")
+                raise AssertionError(
+                    f"{len(self.sent)} of {count} messages after {timeout} s"
+                )
             return list(self.sent)
 
     def up(self) -> None:
@@ -191,8 +207,11 @@ class FakeFeishu:
         with self._changed:
             self._tokens.clear()
 
-    def rate_limit(self, times: int = 1, seconds: float = 1, style: str = "429") -> None:
-        """Refuse the next sends: "429" and "400" name the wait in a header, "230020" does not.
+    def rate_limit(
+        self, times: int = 1, seconds: float = 1, style: str = "429"
+    ) -> None:
+        """Refuse the next sends: "429" and "400" name the wait in a header, "230020"
+        does not.
 
         To send again before the wait is over is a problem.
         """
@@ -201,7 +220,9 @@ class FakeFeishu:
     def fail(
         self, part: str, status: int, body: Any, times: int = 1, accepted: bool = False
     ) -> None:
-        """Answer with an error (a text: as HTML); accepted: yet the call has been carried out."""
+        """Answer with an error (a text: as HTML); accepted: yet the call has been
+        carried out.
+        """
         self._faults.append(Fault(part, times, accepted, (status, body, {})))
 
     def drop(self, times: int = 1, part: str = "", accepted: bool = False) -> None:
@@ -218,7 +239,9 @@ class FakeFeishu:
         """Keep a call, and find out what is to go wrong with it."""
         with self._changed:
             self.calls.append(call)
-            fault = next((f for f in self._faults if f.times and f.part in call.path), None)
+            fault = next(
+                (f for f in self._faults if f.times and f.part in call.path), None
+            )
             if fault:
                 fault.times -= 1
             return fault
@@ -230,12 +253,19 @@ class FakeFeishu:
                 return 200, self.handle(call), {}
             except Refused as no:
                 if no.code in BUGS:
-                    self.problems.append(f"{call.method} {call.path}: {no.code} {no.msg}")
+                    self.problems.append(
+                        f"{call.method} {call.path}: {no.code} {no.msg}"
+                    )
                 error = {"log_id": uuid.uuid4().hex}
-                return no.status, {"code": no.code, "msg": no.msg, "error": error}, no.headers
+                return (
+                    no.status,
+                    {"code": no.code, "msg": no.msg, "error": error},
+                    no.headers,
+                )
             except LookupError:
                 self.problems.append(f"{call.method} {call.path}: no such path")
-                return 404, "404 page not found", {}  # no JSON: so it is with the real one
+                # no JSON: so it is with the real one
+                return 404, "404 page not found", {}
             finally:
                 self._changed.notify_all()
 
@@ -249,7 +279,11 @@ class FakeFeishu:
         if call.path != TOKEN_PATH:
             self.check_token(call.headers.get("authorization", ""))
         if call.path == INFO_PATH:
-            bot = {"activate_status": 2, "app_name": self.bot_name, "open_id": self.bot_open_id}
+            bot = {
+                "activate_status": 2,
+                "app_name": self.bot_name,
+                "open_id": self.bot_open_id,
+            }
             return {"code": 0, "msg": "ok", "bot": bot}
         if not isinstance(call.body, dict):
             raise Refused(9499, "Bad Request: the body is no JSON object")
@@ -264,7 +298,8 @@ class FakeFeishu:
         return time.monotonic() + self._skipped
 
     def give_token(self, body: dict) -> dict:
-        """The newest token while it has 30 minutes left, else a new one; errors have status 200.
+        """The newest token while it has 30 minutes left, else a new one; errors have
+        status 200.
 
         Lark's own client sends no content type here, so none is asked for.
         """
@@ -276,7 +311,10 @@ class FakeFeishu:
             raise Refused(10014, wrong, 200)
         token, end = next(reversed(self._tokens.items()), ("", 0.0))
         if end - self.now() < RENEWAL:
-            token, end = f"t-{next(self._ids)}-{uuid.uuid4().hex}", self.now() + self.expire_seconds
+            token, end = (
+                f"t-{next(self._ids)}-{uuid.uuid4().hex}",
+                self.now() + self.expire_seconds,
+            )
             self._tokens[token] = end
         left = round(end - self.now())
         return {"code": 0, "msg": "ok", "tenant_access_token": token, "expire": left}
@@ -305,7 +343,9 @@ class FakeFeishu:
     def send(self, call: Call, reply_to: str) -> dict:
         """Take a message, of those with the same uuid within an hour only the first."""
         if reply_to and reply_to not in self._messages:
-            raise Refused(230001, "Your request contains an invalid request parameter: message_id")
+            raise Refused(
+                230001, "Your request contains an invalid request parameter: message_id"
+            )
         kind = "chat_id" if reply_to else call.query.get("receive_id_type", "")
         target = self._messages[reply_to] if reply_to else call.body.get("receive_id")
         text, key = check_message(call, kind, target), call.body.get("uuid", "")
@@ -315,13 +355,24 @@ class FakeFeishu:
             raise Refused(230013, "Bot has NO availability to this user.")
         end, first, answer = self._uuids.get(key, (0.0, None, {}))
         if first and end > self.now():
-            if (first.receive_id, first.text, first.reply_to) != (target, text, reply_to):
-                self.problems.append(f"uuid {key!r} is that of another message: {text!r} is lost")
+            if (first.receive_id, first.text, first.reply_to) != (
+                target,
+                text,
+                reply_to,
+            ):
+                self.problems.append(
+                    f"uuid {key!r} is that of another message: {text!r} is lost"
+                )
             return answer
         chat_id = "oc_" + target[3:]
-        sent = Sent(kind, target, text, key, f"om_{next(self._ids)}", time.monotonic(), reply_to)
+        sent = Sent(
+            kind, target, text, key, f"om_{next(self._ids)}", time.monotonic(), reply_to
+        )
         data = {"message_id": sent.message_id, "chat_id": chat_id, "msg_type": "text"}
-        data |= {"create_time": milliseconds(), "body": {"content": call.body["content"]}}
+        data |= {
+            "create_time": milliseconds(),
+            "body": {"content": call.body["content"]},
+        }
         data |= {"root_id": reply_to, "parent_id": reply_to} if reply_to else {}
         answer = {"code": 0, "msg": "success", "data": data}
         self.sent.append(sent)
@@ -348,13 +399,23 @@ class FakeFeishu:
     ) -> dict:
         """A message event; `more` are further fields of its message, such as parent_id.
 
-        mentions: None leaves the field out and "null" sends null; "bot"; "all", which is @_all in
-        the text alone; or a list of "bot", open_ids and ready-made objects. Placeholders that the
-        text does not hold are put before it.
+        mentions: None leaves the field out and "null" sends null; "bot"; "all", which
+        is @_all in the text alone; or a list of "bot", open_ids and ready-made objects.
+        Placeholders that the text does not hold are put before it.
         """
-        chat_id = chat_id or ("oc_group" if chat_type == "group" else "oc_" + open_id[3:])
-        wanted = ["bot"] if mentions == "bot" else [] if isinstance(mentions, str) else mentions
-        people = [self.mention(who, number) for number, who in enumerate(wanted or [], 1)]
+        chat_id = chat_id or (
+            "oc_group" if chat_type == "group" else "oc_" + open_id[3:]
+        )
+        wanted = (
+            ["bot"]
+            if mentions == "bot"
+            else []
+            if isinstance(mentions, str)
+            else mentions
+        )
+        people = [
+            self.mention(who, number) for number, who in enumerate(wanted or [], 1)
+        ]
         keys = ["@_all"] if mentions == "all" else [person["key"] for person in people]
         text = " ".join([key for key in keys if key not in text] + [text])
         now, bare = milliseconds(), open_id[3:]
@@ -383,7 +444,11 @@ class FakeFeishu:
             self.users.add(open_id)
             self.chats.add(chat_id)
             self._messages[message["message_id"]] = chat_id
-        return {"schema": "2.0", "header": header, "event": {"sender": sender, "message": message}}
+        return {
+            "schema": "2.0",
+            "header": header,
+            "event": {"sender": sender, "message": message},
+        }
 
     def mention(self, who: str | dict, number: int) -> dict:
         """One entry of a message's mentions."""
@@ -402,7 +467,11 @@ class FakeFeishu:
     def challenge(self) -> dict:
         """What Feishu posts once, when a webhook is registered."""
         token = self.verification_token
-        return {"challenge": uuid.uuid4().hex, "token": token, "type": "url_verification"}
+        return {
+            "challenge": uuid.uuid4().hex,
+            "token": token,
+            "type": "url_verification",
+        }
 
     def encode(
         self,
@@ -411,13 +480,17 @@ class FakeFeishu:
         nonce: str | None = None,
         forge: str = "",
     ) -> Encoded:
-        """The body and headers of a request: with an encrypt key encrypted, and an event signed.
+        """The body and headers of a request: with an encrypt key encrypted, and an
+        event signed.
 
-        forge is one of FORGERIES: a wrong "token"; a body that is no "json"; a wrong "signature";
-        "unsigned"; a "body" changed after signing; a "stale" timestamp, well signed; "plain" text
-        although there is a key; another "key" for both; a wrong "padding" or "base64", well signed.
+        forge is one of FORGERIES: a wrong "token"; a body that is no "json"; a wrong
+        "signature"; "unsigned"; a "body" changed after signing; a "stale" timestamp,
+        well signed; "plain" text although there is a key; another "key" for both; a
+        wrong "padding" or "base64", well signed.
         """
-        if forge and (forge not in FORGERIES or forge in KEYED and not self.encrypt_key):
+        if forge and (
+            forge not in FORGERIES or forge in KEYED and not self.encrypt_key
+        ):
             raise ValueError(f"cannot forge {forge!r}")
         if forge == "token":
             obj = copy.deepcopy(obj)
@@ -429,11 +502,15 @@ class FakeFeishu:
         if not self.encrypt_key or forge == "plain":
             return body, headers
         key = "another key" if forge == "key" else self.encrypt_key
-        secret = base64.b64encode(encrypt(key, body, spoilt=forge == "padding")).decode()
+        secret = base64.b64encode(
+            encrypt(key, body, spoilt=forge == "padding")
+        ).decode()
         body = json.dumps({"encrypt": "%%%" if forge == "base64" else secret}).encode()
         if obj.get("type") == "url_verification" or forge == "unsigned":
             return body, headers
-        stamp = time.time() - STALE * (forge == "stale") if timestamp is None else timestamp
+        stamp = (
+            time.time() - STALE * (forge == "stale") if timestamp is None else timestamp
+        )
         stamp, nonce = str(int(stamp)), nonce or uuid.uuid4().hex[:10]
         signature = hashlib.sha256((stamp + nonce + key).encode() + body).hexdigest()
         headers["X-Lark-Request-Timestamp"] = stamp
@@ -442,16 +519,25 @@ class FakeFeishu:
         return body + b" " * (forge == "body"), headers
 
     def push(
-        self, webhook_url: str, obj: dict | Encoded, timeout: float = 10, forge: str = ""
+        self,
+        webhook_url: str,
+        obj: dict | Encoded,
+        timeout: float = 10,
+        forge: str = "",
     ) -> Response:
         """Post an event or a challenge, or the very bytes that encode() gave."""
         body, headers = self.encode(obj, forge=forge) if isinstance(obj, dict) else obj
         parts = urlsplit(webhook_url)
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+        connection = http.client.HTTPConnection(
+            parts.hostname, parts.port, timeout=timeout
+        )
         began = time.monotonic()
         try:
             connection.request(
-                "POST", parts._replace(scheme="", netloc="").geturl() or "/", body, headers
+                "POST",
+                parts._replace(scheme="", netloc="").geturl() or "/",
+                body,
+                headers,
             )
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
@@ -468,7 +554,8 @@ class FakeFeishu:
         schedule: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
         limit: float = 3,
     ) -> list[Response]:
-        """Push an event, signed anew each time, until it gets a 200 in time; every answer it got.
+        """Push an event, signed anew each time, until it gets a 200 in time; every
+        answer it got.
 
         The schedule stands for Feishu's own: after 15 s, 5 min, 1 h and 6 h.
         """
@@ -482,7 +569,9 @@ class FakeFeishu:
 
 
 def check_message(call: Call, kind: str, target: Any) -> str:
-    """The text of a message to be sent, or Refused; its content is JSON once more, in a string."""
+    """The text of a message to be sent, or Refused; its content is JSON once more, in a
+    string.
+    """
     body, wrong = call.body, "Your request contains an invalid request parameter"
     key = body.get("uuid", "")
     if kind not in PREFIXES:
@@ -490,7 +579,9 @@ def check_message(call: Call, kind: str, target: Any) -> str:
     if not isinstance(target, str) or not target:
         raise Refused(99992402, "field validation failed: receive_id is required")
     if not isinstance(key, str) or len(key) > 50:
-        raise Refused(99992402, "field validation failed: uuid is no text of up to 50 characters")
+        raise Refused(
+            99992402, "field validation failed: uuid is no text of up to 50 characters"
+        )
     if not target.startswith(PREFIXES[kind]):
         if target.startswith(tuple(PREFIXES.values())):
             raise Refused(230001, f"{wrong}, ext=invalid receive_id.")
@@ -501,7 +592,9 @@ def check_message(call: Call, kind: str, target: Any) -> str:
         text = json.loads(body["content"])["text"]
         empty = not text.encode()
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise Refused(230001, f"{wrong}, ext=content is no JSON text: {error!r}") from None
+        raise Refused(
+            230001, f"{wrong}, ext=content is no JSON text: {error!r}"
+        ) from None
     if empty:
         raise Refused(230001, f"{wrong}, ext=text content is empty")
     if len(call.raw) > MAX_BODY:
@@ -527,7 +620,9 @@ def element(piece: str) -> dict:
 def encrypt(key: str, data: bytes, spoilt: bool = False) -> bytes:
     """AES-256-CBC under the SHA-256 of the key, the IV first, with PKCS7 padding."""
     iv, missing = os.urandom(16), 16 - len(data) % 16
-    cipher = Cipher(algorithms.AES(hashlib.sha256(key.encode()).digest()), modes.CBC(iv))
+    cipher = Cipher(
+        algorithms.AES(hashlib.sha256(key.encode()).digest()), modes.CBC(iv)
+    )
     encryptor = cipher.encryptor()
     return iv + encryptor.update(data + bytes([0 if spoilt else missing]) * missing)
 
@@ -572,7 +667,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         query = dict(parse_qsl(parts.query))
         call = Call(self.command, parts.path.rstrip("/"), query, headers, raw)
-        if fake.server is not self.server or len(raw) < length:  # the bot may have been killed
+        # the bot may have been killed
+        if fake.server is not self.server or len(raw) < length:
             self.close_connection = True
             return
         fault = fake.began(call)
@@ -586,7 +682,9 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
     def send_answer(self, call: Call, answer: Answer | None) -> None:
-        """Send an answer: a text as HTML or plain, anything else as JSON; None: hang up."""
+        """Send an answer: a text as HTML or plain, anything else as JSON; None: hang
+        up.
+        """
         if answer is None:
             self.close_connection = True
             return
@@ -596,7 +694,11 @@ class Handler(BaseHTTPRequestHandler):
             kind = "text/html" if body.startswith("<") else "text/plain"
         raw = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(call.status)
-        for name, value in {**headers, "Content-Type": kind, "Content-Length": len(raw)}.items():
+        for name, value in {
+            **headers,
+            "Content-Type": kind,
+            "Content-Length": len(raw),
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(raw)

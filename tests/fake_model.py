@@ -1,7 +1,9 @@
-"""A scripted OpenAI-compatible server: it answers what a test tells it to, and keeps every request.
+"""A scripted OpenAI-compatible server: it answers what a test tells it to, and keeps
+every request.
 
-The request's model chooses the answer: a stream or an error of corpora.py by its name, or a script
-that a test has registered with `server.script(name, [item, ...])`, one item per call.
+The request's model chooses the answer: a stream or an error of corpora.py by its name,
+or a script that a test has registered with `server.script(name, [item, ...])`, one item
+per call.
 """
 
 import hashlib
@@ -51,7 +53,9 @@ class Text:
 
     def chunks(self) -> list[corpora.Chunk]:
         pieces = self.pieces or re.findall(r"\s*\S+\s*$|\s*\S+|\s+$", self.text)
-        thinking = [corpora.delta(reasoning_content=self.reasoning)] if self.reasoning else []
+        thinking = (
+            [corpora.delta(reasoning_content=self.reasoning)] if self.reasoning else []
+        )
         words = [corpora.delta(content=piece) for piece in pieces]
         return [corpora.says(""), *thinking, *words, *ending(self.finish, self.usage)]
 
@@ -121,7 +125,9 @@ class Gate:
 
 @dataclass
 class Drop:
-    """Sends some chunks of an answer, then the connection ends: how is "close" or "reset"."""
+    """Sends some chunks of an answer, then the connection ends: how is "close" or
+    "reset".
+    """
 
     after_chunks: int
     how: str = "close"
@@ -168,7 +174,8 @@ def check_history(messages: Any) -> None:
             need(pending, f"{where}: a tool message that no call asks for")
             need(
                 message["tool_call_id"] == pending[0],
-                f"{where}: answers {message['tool_call_id']!r} where {pending[0]!r} is due",
+                f"{where}: answers {message['tool_call_id']!r} where {pending[0]!r}"
+                f" is due",
             )
             pending.pop(0)
         else:
@@ -176,7 +183,9 @@ def check_history(messages: Any) -> None:
             check_order(role, before, where)
         for call in message.get("tool_calls", ()):
             check_call(call, f"{where} ({call.get('id')!r})")
-            need(call["id"] not in known, f"{where}: the id {call['id']!r} is used twice")
+            need(
+                call["id"] not in known, f"{where}: the id {call['id']!r} is used twice"
+            )
             known.add(call["id"])
             pending.append(call["id"])
         before = role
@@ -196,7 +205,10 @@ def check_message(message: Any, where: str) -> None:
     need(fits, f"{where} ({role}): content is {content!r}")
     if "tool_calls" in message:
         need(isinstance(calls, list) and calls, f"{where}: tool_calls is {calls!r}")
-        need(all(isinstance(call, dict) for call in calls), f"{where}: a call is not an object")
+        need(
+            all(isinstance(call, dict) for call in calls),
+            f"{where}: a call is not an object",
+        )
     if role == "tool":
         id = message.get("tool_call_id")
         need(isinstance(id, str) and id, f"{where}: tool_call_id is {id!r}")
@@ -213,7 +225,10 @@ def check_order(role: str, before: str, where: str) -> None:
         need(before != "tool", f"{where}: user directly after tool")
         need(before != "user", f"{where}: two user messages in a row")
     else:
-        need(before in ("user", "tool"), f"{where}: assistant after {before or 'nothing'}")
+        need(
+            before in ("user", "tool"),
+            f"{where}: assistant after {before or 'nothing'}",
+        )
 
 
 def check_call(call: dict, where: str) -> None:
@@ -222,16 +237,27 @@ def check_call(call: dict, where: str) -> None:
     need(not extra, f"{where}: unexpected {sorted(extra)} in a call")
     id, function = call.get("id"), call.get("function")
     need(isinstance(id, str) and id, f"{where}: a call's id is {id!r}")
-    need(call.get("type") == "function", f"{where}: a call's type is {call.get('type')!r}")
+    need(
+        call.get("type") == "function",
+        f"{where}: a call's type is {call.get('type')!r}",
+    )
     need(isinstance(function, dict), f"{where}: a call's function is {function!r}")
-    need(set(function) == {"name", "arguments"}, f"{where}: function has {sorted(function)}")
+    need(
+        set(function) == {"name", "arguments"},
+        f"{where}: function has {sorted(function)}",
+    )
     name, arguments = function["name"], function["arguments"]
-    need(isinstance(name, str) and NAME.fullmatch(name), f"{where}: a call's name is {name!r}")
+    need(
+        isinstance(name, str) and NAME.fullmatch(name),
+        f"{where}: a call's name is {name!r}",
+    )
     need(isinstance(arguments, str), f"{where}: arguments are no text: {arguments!r}")
     try:
         parsed = json.loads(arguments, parse_constant=refuse)
     except ValueError as error:
-        raise AssertionError(f"{where}: arguments are not JSON ({error}): {arguments!r}") from None
+        raise AssertionError(
+            f"{where}: arguments are not JSON ({error}): {arguments!r}"
+        ) from None
     need(isinstance(parsed, dict), f"{where}: arguments are no object: {arguments!r}")
     check_text(parsed, where)
 
@@ -242,7 +268,9 @@ def check_text(value: Any, where: str) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise AssertionError(f"{where}: not encodable in UTF-8: {value!r}") from None
+            raise AssertionError(
+                f"{where}: not encodable in UTF-8: {value!r}"
+            ) from None
     elif isinstance(value, dict):
         for key, inner in value.items():
             check_text(key, where)
@@ -264,12 +292,18 @@ def check_request(body: dict) -> None:
     need(isinstance(tools, list) and tools, f"tools is {tools!r}")
     functions = [tool.get("function", {}) for tool in tools]
     names = [function.get("name", "") for function in functions]
-    need(all(tool.get("type") == "function" for tool in tools), "a tool's type is not function")
+    need(
+        all(tool.get("type") == "function" for tool in tools),
+        "a tool's type is not function",
+    )
     need(all(NAME.fullmatch(name) for name in names), f"names of tools: {names}")
     need(len(set(names)) == len(names), f"a tool is there twice: {names}")
     for function in functions:
         schema = function.get("parameters", {})
-        need(schema.get("type") == "object", f"{function['name']}: parameters are no object")
+        need(
+            schema.get("type") == "object",
+            f"{function['name']}: parameters are no object",
+        )
 
 
 def need(condition: Any, message: str) -> None:
@@ -311,7 +345,9 @@ class Request:
 
 
 class FakeModel:
-    """The server, a context manager; `strict` answers a history that breaks a rule with 400."""
+    """The server, a context manager; `strict` answers a history that breaks a rule with
+    400.
+    """
 
     def __init__(self, env: Mapping[str, str] | None = None, strict: bool = True):
         self.requests: list[Request] = []
@@ -327,7 +363,9 @@ class FakeModel:
 
     def __enter__(self) -> "FakeModel":
         serve = self._server.serve_forever
-        threading.Thread(target=serve, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=serve, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -337,11 +375,19 @@ class FakeModel:
     @property
     def chats(self) -> list[Request]:
         """The requests for an answer, without those for models or embeddings."""
-        return [request for request in self.requests if request.path.endswith("/completions")]
+        return [
+            request
+            for request in self.requests
+            if request.path.endswith("/completions")
+        ]
 
     def env(self, model: str = "text", **more: str) -> dict[str, str]:
-        """The environment of the fixture, pointed at this server and one of its models."""
-        ours = {"OPENAI_API_KEY": "sk-test", "OPENAI_BASE_URL": self.url, "MODEL_ID": model}
+        """The fixture's environment, pointed at this server and one of its models."""
+        ours = {
+            "OPENAI_API_KEY": "sk-test",
+            "OPENAI_BASE_URL": self.url,
+            "MODEL_ID": model,
+        }
         return self._env | ours | more
 
     def script(
@@ -351,7 +397,8 @@ class FakeModel:
         key: str | None = None,
         repeat: bool = False,
     ) -> None:
-        """Answer the calls to a model (None: any), perhaps of one API key, item by item.
+        """Answer the calls to a model (None: any), perhaps of one API key, item by
+        item.
 
         A script that runs out is a problem, or goes on with its last item if `repeat`.
         """
@@ -362,7 +409,9 @@ class FakeModel:
         """Wait until so many requests for an answer have come in."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self.chats) >= count, timeout):
-                raise AssertionError(f"{len(self.chats)} of {count} requests after {timeout} s")
+                raise AssertionError(
+                    f"{len(self.chats)} of {count} requests after {timeout} s"
+                )
 
     def answer_to(self, request: Request) -> Item:
         """What to send back: checks first, then scripts, then the corpora."""
@@ -377,7 +426,9 @@ class FakeModel:
                 with self._changed:
                     item = next(self._scripts[name], None)
                 item = item(request.body) if isinstance(item, Callable) else item
-                return item or self.refuse(f"the script of model {name[0]!r} has run out")
+                return item or self.refuse(
+                    f"the script of model {name[0]!r} has run out"
+                )
         return self.ready_made(request)
 
     def ready_made(self, request: Request) -> Item:
@@ -392,8 +443,12 @@ class FakeModel:
         if request.path.endswith("/embeddings"):
             return Json200(embeddings(request.body))
         if request.path.endswith("/models"):
-            return Json200({"object": "list", "data": [{"id": "text", "object": "model"}]})
-        return Error(404, body=corpora.error(f"model {model!r} not found", "model_not_found"))
+            return Json200(
+                {"object": "list", "data": [{"id": "text", "object": "model"}]}
+            )
+        return Error(
+            404, body=corpora.error(f"model {model!r} not found", "model_not_found")
+        )
 
     def refuse(self, problem: str) -> Error:
         """Note a problem, which fails the test in the end, and answer with it."""
@@ -520,7 +575,9 @@ class Handler(BaseHTTPRequestHandler):
         raw = (text if text.startswith(":") else f"data: {text}").encode() + b"\n\n"
         self.wfile.write(b"%x\r\n%b\r\n" % (len(raw), raw))
 
-    def whole(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+    def whole(
+        self, status: int, body: Any, headers: Mapping[str, str] | None = None
+    ) -> None:
         html = isinstance(body, str)
         raw = (body if html else json.dumps(body)).encode()
         self.send_response(status)
@@ -532,7 +589,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(raw)
 
     def drop(self, how: str) -> None:
-        """End the connection: "close" as a process that dies, "reset" as a router that forgets."""
+        """End the connection: "close" as a process that dies, "reset" as a router that
+        forgets.
+        """
         if how == "reset":
             now = struct.pack("hh" if hasattr(socket, "SIO_RCVALL") else "ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
@@ -550,7 +609,9 @@ def pause_of(item: Item, drop: Callable[[str], None]) -> Callable[[], None]:
 
 
 def fold(chunks: Sequence[corpora.Chunk], model: str) -> dict:
-    """A stream as the one answer that a server sends when asked not to stream; quirks stay."""
+    """A stream as the one answer that a server sends when asked not to stream; quirks
+    stay.
+    """
     message: dict[str, Any] = {"role": "assistant", "content": ""}
     finish, usage, open_calls = None, None, []
     for chunk in chunks:
@@ -567,16 +628,27 @@ def fold(chunks: Sequence[corpora.Chunk], model: str) -> dict:
             for fragment in choice["delta"].get("tool_calls") or ():
                 add_fragment(open_calls, fragment)
     if open_calls:
-        message["tool_calls"] = [{k: v for k, v in c.items() if k != "index"} for c in open_calls]
+        message["tool_calls"] = [
+            {k: v for k, v in c.items() if k != "index"} for c in open_calls
+        ]
     choices = [{"index": 0, "message": message, "finish_reason": finish}]
-    answer = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model}
+    answer = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": model,
+    }
     return {**answer, "choices": choices, **({"usage": usage} if usage else {})}
 
 
 def add_fragment(open_calls: list[dict], fragment: dict) -> None:
-    """A fragment with a name of its own opens a call, unless it only repeats the last one's id."""
+    """A fragment with a name of its own opens a call, unless it only repeats the last
+    one's id.
+    """
     function = fragment.get("function", {})
-    repeats = open_calls and fragment.get("id") and open_calls[-1].get("id") == fragment["id"]
+    repeats = (
+        open_calls and fragment.get("id") and open_calls[-1].get("id") == fragment["id"]
+    )
     if function.get("name") and not repeats or not open_calls:
         open_calls.append({**fragment, "function": dict(function)})
     elif isinstance(function.get("arguments"), str):
@@ -584,7 +656,7 @@ def add_fragment(open_calls: list[dict], fragment: dict) -> None:
 
 
 def embeddings(body: dict) -> dict:
-    """Vectors that depend on the words alone, so that texts which share words are near."""
+    """Vectors that depend on the words alone: texts that share words are near."""
     texts = body.get("input", [])
     texts = [texts] if isinstance(texts, str) else texts
     data = [
@@ -592,7 +664,12 @@ def embeddings(body: dict) -> dict:
         for index, text in enumerate(texts)
     ]
     tokens = {"prompt_tokens": 1, "total_tokens": 1}
-    return {"object": "list", "model": body.get("model", ""), "data": data, "usage": tokens}
+    return {
+        "object": "list",
+        "model": body.get("model", ""),
+        "data": data,
+        "usage": tokens,
+    }
 
 
 def vector(text: str, size: int = 64) -> list[float]:

@@ -1,8 +1,9 @@
 """A strict stand-in for Telegram's Bot API server, on a loopback port.
 
-A test plays the people (`say`, `group_say`, `album`, ...) and the accidents (`fail`, `drop`,
-`flood`, ...); the bot under test polls and sends as it would in earnest. What comes of it is in
-`sent`, `actions`, `calls` and `confirmed`; what no bot should do is in `problems`.
+A test plays the people (`say`, `group_say`, `album`, ...) and the accidents (`fail`,
+`drop`, `flood`, ...); the bot under test polls and sends as it would in earnest. What
+comes of it is in `sent`, `actions`, `calls` and `confirmed`; what no bot should do is
+in `problems`.
 
 To play the people yourself, at a terminal: python tests/fake_telegram.py
 """
@@ -39,12 +40,16 @@ PARAMETERS = {
     "getMe": "",
     "getUpdates": "offset limit timeout allowed_updates",
     "sendChatAction": "business_connection_id chat_id message_thread_id action",
-    "sendMessage": "chat_id text message_thread_id parse_mode entities link_preview_options "
-    "disable_notification protect_content reply_parameters reply_markup business_connection_id "
-    "allow_paid_broadcast message_effect_id direct_messages_topic_id suggested_post_parameters",
+    "sendMessage": "chat_id text message_thread_id parse_mode entities"
+    " link_preview_options "
+    "disable_notification protect_content reply_parameters reply_markup"
+    " business_connection_id "
+    "allow_paid_broadcast message_effect_id direct_messages_topic_id"
+    " suggested_post_parameters",
 }
 ACTIONS = (
-    "typing upload_photo record_video upload_video record_voice upload_voice upload_document "
+    "typing upload_photo record_video upload_video record_voice upload_voice"
+    " upload_document "
     "choose_sticker find_location record_video_note upload_video_note"
 )
 NOT_BY_DEFAULT = {"chat_member", "message_reaction", "message_reaction_count"}
@@ -95,7 +100,9 @@ class Fault:
 class Refusal(Exception):
     """An error answer; `blame` if only a mistake of the bot leads to it."""
 
-    def __init__(self, status: int, description: str, blame: bool = False, **parameters: int):
+    def __init__(
+        self, status: int, description: str, blame: bool = False, **parameters: int
+    ):
         super().__init__(description)
         extra = {"parameters": parameters} if parameters else {}
         body = {"ok": False, "error_code": status, "description": description, **extra}
@@ -104,10 +111,15 @@ class Refusal(Exception):
 
 
 class FakeTelegram:
-    """The server of one bot, a context manager; the host's side of it is safe from any thread."""
+    """The server of one bot, a context manager; the host's side of it is safe from any
+    thread.
+    """
 
     def __init__(
-        self, token: str = "123456:test-token", bot_username: str = "tutor_bot", port: int = 0
+        self,
+        token: str = "123456:test-token",
+        bot_username: str = "tutor_bot",
+        port: int = 0,
     ):
         self.token, self.bot_username = token, bot_username
         self.bot_id = int(token.partition(":")[0])
@@ -121,7 +133,10 @@ class FakeTelegram:
         self.problems: list[str] = []
         self.conflicts = 0
         self._changed = threading.Condition()
-        self._update_ids, self._message_ids = itertools.count(700_000_001), itertools.count(101)
+        self._update_ids, self._message_ids = (
+            itertools.count(700_000_001),
+            itertools.count(101),
+        )
         self._updates: list[dict] = []  # not confirmed yet
         self._again: list[dict] = []  # to be delivered once more, whatever the offset
         self._history: dict[int, dict] = {}
@@ -160,11 +175,15 @@ class FakeTelegram:
             if not self._serving and not self._closed:
                 self._server.server_activate()
                 serve = self._server.serve_forever
-                threading.Thread(target=serve, kwargs={"poll_interval": 0.02}, daemon=True).start()
+                threading.Thread(
+                    target=serve, kwargs={"poll_interval": 0.02}, daemon=True
+                ).start()
                 self._serving = True
 
     def down(self, port: bool = False) -> None:
-        """Close every connection, open or new, without an answer; `port`: refuse new ones."""
+        """Close every connection, open or new, without an answer; `port`: refuse new
+        ones.
+        """
         with self._changed:
             self._down = True
             self._changed.notify_all()
@@ -210,12 +229,16 @@ class FakeTelegram:
         with self._changed:
             return [sent for sent in self.sent if sent.chat_id == chat_id]
 
-    def until(self, condition: Callable[[], Any], timeout: float = 10, what: str = "it") -> None:
+    def until(
+        self, condition: Callable[[], Any], timeout: float = 10, what: str = "it"
+    ) -> None:
         """Wait until a condition on this server holds."""
         with self._changed:
             if not self._changed.wait_for(condition, timeout):
                 texts = [sent.text[:80] for sent in self.sent]
-                raise AssertionError(f"{what} has not come after {timeout} s; sent: {texts}")
+                raise AssertionError(
+                    f"{what} has not come after {timeout} s; sent: {texts}"
+                )
 
     def wait_sent(self, count: int, timeout: float = 10) -> list[Sent]:
         """Wait until the bot has sent so many messages in all."""
@@ -232,12 +255,16 @@ class FakeTelegram:
         chat_type: str | None = None,
         **fields: Any,
     ) -> int:
-        """A message; more fields of it by name, None leaves one out. The update's id, or 0.
+        """A message; more fields of it by name, None leaves one out. The update's id,
+        or 0.
 
-        It is 0 for an update that the bot has not asked for and that is never sent, here as below.
+        It is 0 for an update that the bot has not asked for and that is never sent,
+        here as below.
         """
         with self._changed:
-            return self.push("message", self._message(chat_id, user, chat_type, text, **fields))
+            return self.push(
+                "message", self._message(chat_id, user, chat_type, text, **fields)
+            )
 
     def group_say(
         self,
@@ -254,22 +281,37 @@ class FakeTelegram:
             if mention and f"@{self.bot_username}" not in (text or ""):
                 text = f"@{self.bot_username} {text or ''}".rstrip()
             fields: dict[str, Any] = {}
-            chat = self._learn(chat_id, more.get("chat_type"), forum or topic is not None)
-            if topic is not None:  # typing in a topic replies to the message that opened it
-                opened = {"message_id": topic, "chat": chat, "date": now(), "from": self.bot}
+            chat = self._learn(
+                chat_id, more.get("chat_type"), forum or topic is not None
+            )
+            # typing in a topic replies to the message that opened it
+            if topic is not None:
+                opened = {
+                    "message_id": topic,
+                    "chat": chat,
+                    "date": now(),
+                    "from": self.bot,
+                }
                 opened["forum_topic_created"] = {"name": "Topic", "icon_color": 7322096}
                 fields = {"message_thread_id": topic, "is_topic_message": True}
                 fields["reply_to_message"] = opened
             if reply_to_bot:
-                fields["reply_to_message"] = original = self._words_of_bot(chat_id, chat)
+                fields["reply_to_message"] = original = self._words_of_bot(
+                    chat_id, chat
+                )
                 if chat["type"] == "supergroup":  # a thread of replies is no topic
                     fields.setdefault("message_thread_id", original["message_id"])
             return self.say(text, chat_id, **fields | more)
 
     def album(
-        self, captions: str | Sequence[str] = "", count: int = 5, gap: float = 0, **more: Any
+        self,
+        captions: str | Sequence[str] = "",
+        count: int = 5,
+        gap: float = 0,
+        **more: Any,
     ) -> list[int]:
-        """Photos sent as one album: an update for each, with a caption on the first or on several.
+        """Photos sent as one album: an update for each, with a caption on the first or
+        on several.
 
         With a `gap` in seconds they come in one by one, here as in `paste`.
         """
@@ -278,10 +320,16 @@ class FakeTelegram:
         parts = []
         for number in range(count):
             caption = captions[number] if number < len(captions) else None
-            parts.append({"caption": caption or None, "photo": photo(f"{group}-{number}")})
-        return self._burst([{"text": None, "media_group_id": group, **p} for p in parts], gap, more)
+            parts.append(
+                {"caption": caption or None, "photo": photo(f"{group}-{number}")}
+            )
+        return self._burst(
+            [{"text": None, "media_group_id": group, **p} for p in parts], gap, more
+        )
 
-    def paste(self, text: str, size: int = TEXT_LIMIT, gap: float = 0, **more: Any) -> list[int]:
+    def paste(
+        self, text: str, size: int = TEXT_LIMIT, gap: float = 0, **more: Any
+    ) -> list[int]:
         """A long text, which Telegram's apps send as several messages."""
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
         return self._burst([{"text": piece} for piece in pieces], gap, more)
@@ -296,31 +344,49 @@ class FakeTelegram:
         """A message without words: somebody has joined, something was pinned."""
         with self._changed:
             chat = self._learn(chat_id)
-            pinned = {"message_id": 5, "date": now(), "chat": chat, "from": self.bot, "text": "x"}
+            pinned = {
+                "message_id": 5,
+                "date": now(),
+                "chat": chat,
+                "from": self.bot,
+                "text": "x",
+            }
             usual = {"new_chat_members": [person(8, chat_id)], "pinned_message": pinned}
             value = usual.get(kind, True) if value is None else value
             return self.say(None, chat_id, **{kind: value}, **fields)
 
     def channel_post(self, text: str, chat_id: int = -100900, **fields: Any) -> int:
-        """A post in a channel: there is no sender, and the update is of another kind."""
+        """A post in a channel: it has no sender, and its update is of another kind."""
         with self._changed:
             chat = self._learn(chat_id, "channel")
             fields = {"from": None, "sender_chat": chat} | fields
-            return self.push("channel_post", self._message(chat_id, None, None, text, **fields))
+            return self.push(
+                "channel_post", self._message(chat_id, None, None, text, **fields)
+            )
 
     def anonymous(
         self, text: str, chat_id: int = -100123, stand_in: bool = False, **more: Any
     ) -> int:
-        """A message of an anonymous admin; stand_in: with the fake bot that Telegram fills in."""
+        """A message of an anonymous admin; stand_in: with the fake bot that Telegram
+        fills in.
+        """
         with self._changed:
             bot = {"id": 1087968824, "is_bot": True, "first_name": "Group"}
             bot["username"] = "GroupAnonymousBot"
-            fields = {"from": bot if stand_in else None, "sender_chat": self._learn(chat_id)}
+            fields = {
+                "from": bot if stand_in else None,
+                "sender_chat": self._learn(chat_id),
+            }
             return self.group_say(text, chat_id, **fields | more)
 
     def from_bot(self, text: str, chat_id: int = -100123, **more: Any) -> int:
         """A message of another bot."""
-        other = {"id": 99, "is_bot": True, "first_name": "Other", "username": "other_bot"}
+        other = {
+            "id": 99,
+            "is_bot": True,
+            "first_name": "Other",
+            "username": "other_bot",
+        }
         return self.group_say(text, chat_id, user=other, **more)
 
     def edited(self, update_id: int, text: str, **fields: Any) -> int:
@@ -332,11 +398,13 @@ class FakeTelegram:
             return self.push("edited_message", message)
 
     def unknown(self, kind: str = "future_kind", **fields: Any) -> int:
-        """An update of a kind that nobody knows; it comes whatever the bot has asked for."""
+        """An update of a kind that nobody knows; it comes whatever the bot has asked
+        for.
+        """
         return self.push(kind, {"id": "1", **fields}, always=True)
 
     def redeliver(self, update_id: int, same_id: bool = False) -> int:
-        """The same message once more, in an update of its own or in the very same one."""
+        """The same message once more, in an update of its own or in the same one."""
         with self._changed:
             update = self._history[update_id]
             if not same_id:
@@ -347,9 +415,13 @@ class FakeTelegram:
             return update_id
 
     def push(self, kind: str, content: dict, always: bool = False) -> int:
-        """Any update; the bot's allowed_updates hold for those that come after its poll."""
+        """Any update; the bot's allowed_updates hold for those that come after its
+        poll.
+        """
         with self._changed:
-            wanted = kind in self._allowed if self._allowed else kind not in NOT_BY_DEFAULT
+            wanted = (
+                kind in self._allowed if self._allowed else kind not in NOT_BY_DEFAULT
+            )
             if not (wanted or always):
                 return 0
             update = {"update_id": next(self._update_ids), kind: content}
@@ -358,8 +430,12 @@ class FakeTelegram:
             self._changed.notify_all()
             return update["update_id"]
 
-    def know(self, chat_id: int, chat_type: str | None = None, topics: Sequence[int] = ()) -> None:
-        """A chat, perhaps a forum, that the bot may send to though nobody has written in it."""
+    def know(
+        self, chat_id: int, chat_type: str | None = None, topics: Sequence[int] = ()
+    ) -> None:
+        """A chat, perhaps a forum, that the bot may send to though nobody has written
+        in it.
+        """
         with self._changed:
             self._learn(chat_id, chat_type, bool(topics))
             self._topics[chat_id].update(topics)
@@ -376,28 +452,43 @@ class FakeTelegram:
             self._learn(new, "supergroup")
 
     def _burst(self, parts: Sequence[dict], gap: float, more: dict) -> list[int]:
-        """Messages right behind one another; nothing comes between them unless there is a gap."""
+        """Messages right behind one another; nothing comes between them unless there is
+        a gap.
+        """
         with self._changed:
             ids = []
             for number, part in enumerate(parts):
                 self._pause(gap if number else 0)
-                ids.append((self.group_say if "topic" in more else self.say)(**part | more))
+                ids.append(
+                    (self.group_say if "topic" in more else self.say)(**part | more)
+                )
             return ids
 
-    def _learn(self, chat_id: int, chat_type: str | None = None, forum: bool = False) -> dict:
+    def _learn(
+        self, chat_id: int, chat_type: str | None = None, forum: bool = False
+    ) -> dict:
         """The chat as its messages show it; from now on the bot may send to it."""
         if chat_id > 0:
             chat = {"id": chat_id, "type": "private", "first_name": f"User {chat_id}"}
         else:
             guess = "supergroup" if str(chat_id).startswith("-100") else "group"
-            chat = {"id": chat_id, "type": chat_type or guess, "title": f"Chat {chat_id}"}
+            chat = {
+                "id": chat_id,
+                "type": chat_type or guess,
+                "title": f"Chat {chat_id}",
+            }
         known = self._chats.setdefault(chat_id, chat)
         if forum:
             known["is_forum"] = True
         return dict(known)
 
     def _message(
-        self, chat_id: int, user: Person, chat_type: str | None, text: str | None, **fields: Any
+        self,
+        chat_id: int,
+        user: Person,
+        chat_type: str | None,
+        text: str | None,
+        **fields: Any,
     ) -> dict:
         chat = self._learn(chat_id, chat_type)
         if fields.get("is_topic_message"):
@@ -405,14 +496,24 @@ class FakeTelegram:
         message = {"message_id": next(self._message_ids), "from": person(user, chat_id)}
         message |= {"chat": chat, "date": now(), "text": text, **fields}
         self._messages[chat_id].add(message["message_id"])
-        return with_entities({key: value for key, value in message.items() if value is not None})
+        return with_entities(
+            {key: value for key, value in message.items() if value is not None}
+        )
 
     def _words_of_bot(self, chat_id: int, chat: dict) -> dict:
-        """The bot's last message in a chat, or one that it has sent before it all began."""
+        """The bot's last message in a chat, or one that it has sent before it all
+        began.
+        """
         sent = self.sent_to(chat_id)
         id = sent[-1].message_id if sent else next(self._message_ids)
         text = sent[-1].text if sent else "what I have said before"
-        return {"message_id": id, "from": self.bot, "chat": chat, "date": now(), "text": text}
+        return {
+            "message_id": id,
+            "from": self.bot,
+            "chat": chat,
+            "date": now(),
+            "text": text,
+        }
 
     # --- what goes wrong; the method "*" is any ---
 
@@ -426,20 +527,32 @@ class FakeTelegram:
         after: bool = False,
     ) -> None:
         """An error answer; `after`: the request is carried out all the same."""
-        self._fault(Fault(method, "fail", times, after, reply=(status, body, headers or {})))
+        self._fault(
+            Fault(method, "fail", times, after, reply=(status, body, headers or {}))
+        )
 
     def drop(self, method: str, times: int = 1, after: bool = False) -> None:
-        """The connection ends without an answer, before or after the request is carried out."""
+        """The connection ends without an answer, before or after the request is carried
+        out.
+        """
         self._fault(Fault(method, "drop", times, after))
 
-    def hang(self, method: str, seconds: float, times: int = 1, after: bool = False) -> None:
-        """A late answer. If the bot hangs up by then, the request is lost unless `after`."""
+    def hang(
+        self, method: str, seconds: float, times: int = 1, after: bool = False
+    ) -> None:
+        """A late answer. If the bot hangs up by then, the request is lost unless
+        `after`.
+        """
         self._fault(Fault(method, "hang", times, after, seconds))
 
-    def flood(self, chat_id: int | None = None, seconds: float = 1, times: int = 1) -> None:
-        """Refuse the next messages to a chat, or to any, each time for so many seconds."""
+    def flood(
+        self, chat_id: int | None = None, seconds: float = 1, times: int = 1
+    ) -> None:
+        """Refuse the next messages to a chat, or to any, each for so many seconds."""
         with self._changed:
-            fault = Fault("sendMessage", "flood", times, seconds=seconds, chat_id=chat_id)
+            fault = Fault(
+                "sendMessage", "flood", times, seconds=seconds, chat_id=chat_id
+            )
             self._floods.append(fault)
 
     def mend(self) -> None:
@@ -459,7 +572,9 @@ class FakeTelegram:
     # --- what the bot calls ---
 
     def answer(self, path: str, params: dict, gone: Callable[[], bool]) -> Reply | None:
-        """What to send back, None for nothing; `gone` tells whether the bot has hung up."""
+        """What to send back, None for nothing; `gone` tells whether the bot has hung
+        up.
+        """
         method = path.rpartition("/")[2]
         with self._changed:
             self.calls.append((method, params))
@@ -470,14 +585,18 @@ class FakeTelegram:
                 return Refusal(404, "Not Found").reply
             if match[1] != self.token:
                 return Refusal(401, "Unauthorized").reply
-            fault = take(self._faults, lambda f: f.method in (method, "*")) or Fault(method)
+            fault = take(self._faults, lambda f: f.method in (method, "*")) or Fault(
+                method
+            )
             reply = self._carry_out(method, params, gone) if fault.after else None
             self._pause(fault.seconds)
             if self._down or fault.how == "drop" or (fault.how == "hang" and gone()):
                 return None
             return fault.reply or reply or self._carry_out(method, params, gone)
 
-    def _carry_out(self, method: str, params: dict, gone: Callable[[], bool]) -> Reply | None:
+    def _carry_out(
+        self, method: str, params: dict, gone: Callable[[], bool]
+    ) -> Reply | None:
         try:
             if method not in PARAMETERS:
                 raise Refusal(404, "Not Found", blame=True)
@@ -488,7 +607,11 @@ class FakeTelegram:
                 return success({**self.bot, **rights, "supports_inline_queries": False})
             if method == "getUpdates":
                 return self._get_updates(params, gone)
-            return self._send_message(params) if method == "sendMessage" else self._act(params)
+            return (
+                self._send_message(params)
+                if method == "sendMessage"
+                else self._act(params)
+            )
         except Refusal as refusal:
             if refusal.blame:
                 self.problems.append(f"{method}: {refusal}")
@@ -522,11 +645,13 @@ class FakeTelegram:
         return success(updates)
 
     def _confirm(self, offset: int) -> None:
-        """Forget what is below the offset, or all but the last few if it is negative."""
+        """Forget what is below the offset, or, if negative, all but the last few."""
         ids = [update["update_id"] for update in self._updates]
         done = ids[:offset] if offset < 0 else [id for id in ids if id < offset]
         if unseen := [id for id in done if offset > 0 and id not in self._seen]:
-            self.problems.append(f"getUpdates: confirms {unseen}, which it has never been given")
+            self.problems.append(
+                f"getUpdates: confirms {unseen}, which it has never been given"
+            )
         self._updates = self._updates[len(done) :]
         self.confirmed += done
 
@@ -535,19 +660,29 @@ class FakeTelegram:
         if not isinstance(text, str) or BLANK.fullmatch(text):
             raise Refusal(400, "Bad Request: message text is empty", blame=True)
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise Refusal(400, "Bad Request: strings must be encoded in UTF-8", blame=True)
+            raise Refusal(
+                400, "Bad Request: strings must be encoded in UTF-8", blame=True
+            )
         chat_id = self._target(params)
         thread_id = self._thread(chat_id, params)
         if len(text) > TEXT_LIMIT:
             raise Refusal(400, "Bad Request: message is too long", blame=True)
         if mode := params.get("parse_mode"):
-            self.problems.append(f"sendMessage: parse_mode {mode!r} on text that nobody escaped")
+            self.problems.append(
+                f"sendMessage: parse_mode {mode!r} on text that nobody escaped"
+            )
         reply = params.get("reply_parameters") or {"allow_sending_without_reply": True}
         found = reply.get("message_id") in self._messages[chat_id]
         if not (found or reply.get("allow_sending_without_reply")):
-            raise Refusal(400, "Bad Request: message to be replied not found", blame=True)
+            raise Refusal(
+                400, "Bad Request: message to be replied not found", blame=True
+            )
         self._check_flood(chat_id)
-        topic = {"message_thread_id": thread_id, "is_topic_message": True} if thread_id else {}
+        topic = (
+            {"message_thread_id": thread_id, "is_topic_message": True}
+            if thread_id
+            else {}
+        )
         message = self._message(chat_id, self.bot, None, text, **topic)
         sent = Sent(chat_id, text, thread_id, time.monotonic(), message["message_id"])
         self.sent.append(sent)
@@ -556,7 +691,9 @@ class FakeTelegram:
     def _act(self, params: dict) -> Reply:
         chat_id, action = self._target(params), params.get("action")
         if action not in WORD.findall(ACTIONS):
-            raise Refusal(400, "Bad Request: wrong parameter action in request", blame=True)
+            raise Refusal(
+                400, "Bad Request: wrong parameter action in request", blame=True
+            )
         thread_id = self._thread(chat_id, params, general=True)
         self.actions.append(Action(chat_id, action, thread_id, time.monotonic()))
         return success(True)
@@ -574,7 +711,7 @@ class FakeTelegram:
         return chat_id
 
     def _thread(self, chat_id: int, params: dict, general: bool = False) -> int | None:
-        """The topic that a request is for; General has a number for chat actions only."""
+        """The topic of a request; General has a number for chat actions only."""
         thread_id = number(params, "message_thread_id") or None
         if thread_id == 1 and general and self._chats[chat_id].get("is_forum"):
             return thread_id
@@ -585,7 +722,9 @@ class FakeTelegram:
     def _check_flood(self, chat_id: int) -> None:
         left = self._quiet_until.get(chat_id, 0) - time.monotonic()
         if left > 0:
-            self.problems.append(f"sendMessage: to {chat_id} {left:.2f} s too early after a 429")
+            self.problems.append(
+                f"sendMessage: to {chat_id} {left:.2f} s too early after a 429"
+            )
         elif flood := take(self._floods, lambda f: f.chat_id in (None, chat_id)):
             left = flood.seconds
             self._quiet_until[chat_id] = time.monotonic() + left
@@ -607,26 +746,40 @@ def person(user: Person, chat_id: int) -> dict:
     if isinstance(user, dict):
         return user
     id = user or (chat_id if chat_id > 0 else 7)
-    return {"id": id, "is_bot": False, "first_name": f"User {id}", "username": f"user{id}"}
+    return {
+        "id": id,
+        "is_bot": False,
+        "first_name": f"User {id}",
+        "username": f"user{id}",
+    }
 
 
 def photo(id: str) -> list[dict]:
     """A photo in the sizes that Telegram makes of it."""
     sizes = (90, 67), (800, 600)
     return [
-        {"file_id": f"{id}-{w}", "file_unique_id": f"u{id}-{w}", "width": w, "height": h}
+        {
+            "file_id": f"{id}-{w}",
+            "file_unique_id": f"u{id}-{w}",
+            "width": w,
+            "height": h,
+        }
         for w, h in sizes
     ]
 
 
 def with_entities(message: dict) -> dict:
-    """A message with the mentions and commands that Telegram finds in its text or caption."""
+    """A message with the mentions and commands that Telegram finds in its text or
+    caption.
+    """
     for name, entities in (("text", "entities"), ("caption", "caption_entities")):
         text = message.get(name) or ""
         found = []
         for match in ENTITY.finditer(text):
             offset = len(text[: match.start()].encode("utf-16-le")) // 2
-            found.append({"type": match.lastgroup, "offset": offset, "length": len(match[0])})
+            found.append(
+                {"type": match.lastgroup, "offset": offset, "length": len(match[0])}
+            )
         if found:
             message.setdefault(entities, found)
     return message
@@ -707,7 +860,9 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.headers.get("Content-Type", "")
         params = parse(f"{url.query}&".encode() + (b"" if "json" in kind else raw))
         params |= json.loads(raw) if raw and "json" in kind else {}
-        reply = self.server.fake.answer(urllib.parse.unquote(url.path), params, self.gone)
+        reply = self.server.fake.answer(
+            urllib.parse.unquote(url.path), params, self.gone
+        )
         if reply is None:
             self.close_connection = True
             return
@@ -736,7 +891,9 @@ class Handler(BaseHTTPRequestHandler):
 def parse(form: bytes) -> dict[str, Any]:
     """The parameters of a form, numbers and lists as such, texts untouched."""
     pairs = urllib.parse.parse_qsl(
-        form.decode("utf-8", "surrogateescape"), keep_blank_values=True, errors="surrogateescape"
+        form.decode("utf-8", "surrogateescape"),
+        keep_blank_values=True,
+        errors="surrogateescape",
     )
     params: dict[str, Any] = dict(pairs)
     for name in params.keys() - {"text"}:
@@ -756,16 +913,21 @@ def main() -> int:
     try:
         fake = FakeTelegram(port=port).start()
     except (OSError, OverflowError) as error:
-        print(f"fake_telegram.py: port {port}: {error}; choose another", file=sys.stderr)
+        print(
+            f"fake_telegram.py: port {port}: {error}; choose another", file=sys.stderr
+        )
         return 1
-    first = int(time.time())  # a bot that knows the last run must not take this one for it
+    # a bot that knows the last run must not take this one for it
+    first = int(time.time())
     fake._update_ids, fake._message_ids = itertools.count(first), itertools.count(first)
     print(f"TELEGRAM_BOT_TOKEN={fake.token} \\\nTELEGRAM_BASE_URL={fake.url} \\")
     print("TELEGRAM_ALLOWED_CHATS=42 \\", flush=True)
     threading.Thread(target=print_sent, args=(fake,), daemon=True).start()
     with suppress(KeyboardInterrupt):
         for line in sys.stdin:
-            person, text = re.fullmatch(r"(?:(\d+):\s)?(.*)", line.strip(), re.S).groups()
+            person, text = re.fullmatch(
+                r"(?:(\d+):\s)?(.*)", line.strip(), re.S
+            ).groups()
             if text:
                 fake.paste(text, chat_id=int(person or 42))
     return 0

@@ -2,9 +2,9 @@
 
     python tests/forward_port.py s01 [--folder sessions/en] [--base REV]
 
-The edit is what the working tree has changed in that section since HEAD (or REV). It goes into
-each later section by three-way merge; docstrings at the top of the files stay their own. All or
-nothing: on a conflict no file is written.
+The edit is what the working tree has changed in that section since HEAD (or REV). It
+goes into each later section by three-way merge; docstrings at the top of the files stay
+their own. All or nothing: on a conflict no file is written.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 CONFLICT = re.compile(
-    r"^<{7} ours\n(?P<ours>.*?)^\|{7} base\n.*?^={7}\n(?P<theirs>.*?)^>{7} theirs\n", re.M | re.S
+    r"^<{7} ours\n(?P<ours>.*?)^\|{7} base\n.*?^={7}\n(?P<theirs>.*?)^>{7} theirs\n",
+    re.M | re.S,
 )
 
 
@@ -34,10 +35,14 @@ def read(path: Path) -> str:
 def committed(path: Path, revision: str) -> str:
     """The text a file had in a revision."""
     done = subprocess.run(
-        ["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True
+        ["git", "show", f"{revision}:./{path.name}"],
+        cwd=path.parent,
+        capture_output=True,
     )
     if done.returncode:
-        raise Stop(f"{path.name} in {revision}: {done.stderr.decode(errors='replace').strip()}")
+        raise Stop(
+            f"{path.name} in {revision}: {done.stderr.decode(errors='replace').strip()}"
+        )
     return done.stdout.decode("utf-8")
 
 
@@ -55,27 +60,45 @@ def docstring_lines(name: str, text: str) -> tuple[int, int]:
 
 
 def with_docstring_of(name: str, text: str, model: tuple[str, str]) -> str:
-    """A text with the module docstring of another one, so that the two do not differ in it."""
+    """A text with the module docstring of another one, so that the two do not differ in
+    it.
+    """
     start, end = docstring_lines(name, text)
     model_start, model_end = docstring_lines(*model)
     if start == end or model_start == model_end:
         return text
-    lines, docstring = text.splitlines(True), model[1].splitlines(True)[model_start:model_end]
+    lines, docstring = (
+        text.splitlines(True),
+        model[1].splitlines(True)[model_start:model_end],
+    )
     return "".join([*lines[:start], *docstring, *lines[end:]])
 
 
 def merge(name: str, base: str, ours: str, theirs: str, origin: str) -> str:
-    """Three-way merge of texts; raises Stop where the two sides contradict each other."""
-    base, theirs = (with_docstring_of(origin, text, (name, ours)) for text in (base, theirs))
+    """Three-way merge of texts; raises Stop where the two sides contradict."""
+    base, theirs = (
+        with_docstring_of(origin, text, (name, ours)) for text in (base, theirs)
+    )
     with tempfile.TemporaryDirectory() as folder:
         for side, text in (("ours", ours), ("base", base), ("theirs", theirs)):
             Path(folder, side).write_bytes(text.encode("utf-8"))
         labels = ["-L", "ours", "-L", "base", "-L", "theirs"]
-        command = ["git", "merge-file", "-p", "--diff3", *labels, "ours", "base", "theirs"]
+        command = [
+            "git",
+            "merge-file",
+            "-p",
+            "--diff3",
+            *labels,
+            "ours",
+            "base",
+            "theirs",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True)
     merged = done.stdout.decode("utf-8")
     if done.returncode:
-        raise Stop(conflict(name, merged, origin) or done.stderr.decode(errors="replace"))
+        raise Stop(
+            conflict(name, merged, origin) or done.stderr.decode(errors="replace")
+        )
     docstring_lines(name, merged)  # it must still parse
     return merged
 
@@ -87,7 +110,9 @@ def conflict(name: str, merged: str, origin: str) -> str:
         line = merged[: match.start()].count("\n") + 1 - shift
         shift += match[0].count("\n") - match["ours"].count("\n")
         sides = f"  {name} has:\n{shorten(match['ours'])}\n  {origin} brings:\n"
-        said.append(f"conflict in {name}, line {line}\n{sides}{shorten(match['theirs'])}")
+        said.append(
+            f"conflict in {name}, line {line}\n{sides}{shorten(match['theirs'])}"
+        )
     return "\n".join(said)
 
 
@@ -130,7 +155,7 @@ def write(path: Path, text: str) -> None:
 
 
 def main() -> int:
-    """Returns 0 when the edit is carried or there is none, 1 when nothing was written."""
+    """Returns 0 if the edit is carried or there is none, 1 if nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("section", help="the section that was edited, such as s01")
     parser.add_argument("--folder", type=Path, default=Path("sessions/en"))

@@ -1,7 +1,8 @@
-"""Runs the sections as a person runs them: on a pseudo-terminal, over pipes, or loaded to look at.
+"""Runs the sections as a person runs them: on a pseudo-terminal, over pipes, or loaded
+to look at.
 
-A test says `@since("s02")` and takes the fixture `section`: it then runs on s02 and on every later
-section found on disk.
+A test says `@since("s02")` and takes the fixture `section`: it then runs on s02 and on
+every later section found on disk.
 """
 
 import codecs
@@ -70,7 +71,15 @@ SETTINGS = [
     "OWNER",
     "SKILLS_DIR",
 ]
-UNSHIPPED = {".env", ".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".pyc"}
+UNSHIPPED = {
+    ".env",
+    ".git",
+    ".venv",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".pyc",
+}
 KEYS = {
     "enter": "\r",
     "tab": "\t",
@@ -107,7 +116,9 @@ class Section:
 
     @cached_property
     def module(self) -> ModuleType:
-        """The script as a module, loaded once per test process: do not change it, see `load`."""
+        """The script as a module, loaded once per test process: do not change it, see
+        `load`.
+        """
         return self.load()
 
     def load(self) -> ModuleType:
@@ -138,7 +149,9 @@ def sections(folder: Path = FOLDER) -> list[Section]:
 
 
 def since(label: str, until: str | None = None) -> pytest.MarkDecorator:
-    """Mark a test with the section that earns it (and, rarely, the last one it holds for)."""
+    """Mark a test with the section that earns it (and, rarely, the last one it holds
+    for).
+    """
     return pytest.mark.since(label, until=until)
 
 
@@ -151,18 +164,33 @@ def settings_in(path: Path) -> list[str]:
 
 
 def clean_env(home: Path, workspace: Path | None = None) -> dict[str, str]:
-    """An environment of its own; a setting is "" so that load_dotenv() cannot fill it in."""
-    names = {*SETTINGS, *settings_in(REPO / ".env"), *settings_in(REPO / ".env.example")}
+    """An environment of its own; a setting is "" so that load_dotenv() cannot fill it
+    in.
+    """
+    names = {
+        *SETTINGS,
+        *settings_in(REPO / ".env"),
+        *settings_in(REPO / ".env.example"),
+    }
     env = dict.fromkeys(sorted(names), "")
-    env |= {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "TERM": "xterm"}
+    env |= {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        "TERM": "xterm",
+    }
     env |= {"HOME": str(home), "GATEWAY_PORT": "0"}
-    env["SSL_CERT_DIR"] = str(home)  # no certificates there: to read all takes a third of a start
+    # no certificates there: to read all takes a third of a start
+    env["SSL_CERT_DIR"] = str(home)
     if site.ENABLE_USER_SITE:
         env["PYTHONUSERBASE"] = site.getuserbase()
     if "COVERAGE_PROCESS_CONFIG" in os.environ:  # coverage counts in processes, too
         env["COVERAGE_PROCESS_CONFIG"] = os.environ["COVERAGE_PROCESS_CONFIG"]
     if os.name == "nt":
-        env |= {name: os.environ[name] for name in ("SYSTEMROOT", "TEMP") if name in os.environ}
+        env |= {
+            name: os.environ[name]
+            for name in ("SYSTEMROOT", "TEMP")
+            if name in os.environ
+        }
         env |= {"USERPROFILE": str(home), "PYTHONUTF8": "1"}
     if workspace:
         env["WORKSPACE_DIR"] = str(workspace)
@@ -170,11 +198,25 @@ def clean_env(home: Path, workspace: Path | None = None) -> dict[str, str]:
 
 
 def shipped_files(under: str = ".", root: Path = REPO) -> list[Path]:
-    """The repository's files that git tracks or would track; all of them where git is missing."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
+    """The repository's files that git tracks or would track; all of them where git is
+    missing.
+    """
+    command = [
+        "git",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "--",
+    ]
     try:
         listing = subprocess.run(
-            [*command, under], cwd=root, capture_output=True, check=True, encoding="utf-8"
+            [*command, under],
+            cwd=root,
+            capture_output=True,
+            check=True,
+            encoding="utf-8",
         ).stdout
         paths = [root / name for name in sorted(set(listing.split("\0"))) if name]
     except (OSError, subprocess.CalledProcessError):
@@ -183,7 +225,9 @@ def shipped_files(under: str = ".", root: Path = REPO) -> list[Path]:
     return [path for path in own if path.is_file()]
 
 
-def argv_of(what: Section | Path | Sequence[str], args: Sequence[str] = ()) -> list[str]:
+def argv_of(
+    what: Section | Path | Sequence[str], args: Sequence[str] = ()
+) -> list[str]:
     """The command line for a section, a script's path, or a ready argv."""
     if isinstance(what, Section):
         what = what.path
@@ -193,7 +237,7 @@ def argv_of(what: Section | Path | Sequence[str], args: Sequence[str] = ()) -> l
 
 
 def end_session(leader: int) -> None:
-    """SIGKILL the process group of a session leader and what else lives in its session."""
+    """SIGKILL the process group of a session leader, and all of its session."""
     if os.name == "nt":
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -225,15 +269,18 @@ def start(
     cold: bool = False,
     fsize: int | None = None,
 ) -> subprocess.Popen | warm.Child:
-    """Start a program in a session of its own, on stdin, stdout and stderr, perhaps a terminal.
+    """Start a program in a session of its own, on stdin, stdout and stderr, perhaps a
+    terminal.
 
-    A section starts from a process that has the SDK imported, unless `cold`: see warm.py.
+    A section starts from a process that has the SDK imported, unless `cold`: see
+    warm.py.
     """
     script = Path(cwd, argv[1]) if argv[0] == sys.executable and argv[1:] else Path()
     is_section = re.fullmatch(r"s\d\d_\w+\.py", script.name) and script.is_file()
     if is_section and not cold and MOTHER.can_start(env):
         return MOTHER.start(argv[1:], env, cwd, streams, fsize)
-    ignored = os.name != "nt" and signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # under nohup
+    # under nohup
+    ignored = os.name != "nt" and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if os.isatty(streams[0]) or ignored or fsize is not None:
         limit = "" if fsize is None else str(fsize)
         argv = [sys.executable, "-I", "-S", "-c", LAUNCH, limit, *argv]
@@ -296,7 +343,8 @@ def pipe(
         for job in jobs:
             job.join(1)
         raise AssertionError(
-            f"{argv} still ran after {timeout} s\n--- stdout\n{texts[0]}\n--- stderr\n{texts[1]}"
+            f"{argv} still ran after {timeout} s\n--- stdout\n{texts[0]}\n---"
+            f" stderr\n{texts[1]}"
         ) from None
     return subprocess.CompletedProcess(argv, status, *texts)
 
@@ -340,7 +388,9 @@ def width(char: str) -> int:
 
 
 class Paper:
-    """A terminal of COLUMNS columns on endless paper: what a person sees and can scroll back to."""
+    """A terminal of COLUMNS columns on endless paper: what a person sees and can scroll
+    back to.
+    """
 
     def __init__(self, columns: int = COLUMNS):
         self.columns = columns
@@ -349,7 +399,7 @@ class Paper:
         self.row = self.column = 0
 
     def feed(self, raw: str) -> None:
-        """Draw output: text, \\r \\n \\b \\t, cursor moves, and the erasing of lines."""
+        """Draw output: text, \\r \\n \\b \\t, cursor moves, and erased lines."""
         for piece in re.split(f"({ESCAPE.pattern})", raw):
             if piece.startswith("\x1b"):
                 self.control(piece)
@@ -417,7 +467,9 @@ class Paper:
 
     @property
     def text(self) -> str:
-        """The paper so far; a line that the terminal broke at its edge is one line again."""
+        """The paper so far; a line that the terminal broke at its edge is one line
+        again.
+        """
         parts = []
         for number, cells in enumerate(self.rows):
             joint = "" if number in self.wrapped or not number else "\n"
@@ -426,7 +478,9 @@ class Paper:
 
 
 class Screen:
-    """A script on a pseudo-terminal of 100 x 30, with keys to press and a screen to read."""
+    """A script on a pseudo-terminal of 100 x 30, with keys to press and a screen to
+    read.
+    """
 
     def __init__(
         self,
@@ -444,9 +498,13 @@ class Screen:
         self._ended = False
         self._arrival = threading.Condition()
         self._master, terminal = pty.openpty()
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        fcntl.ioctl(
+            self._master, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0)
+        )
         try:
-            self.process = start(argv_of(what, args), env, cwd, [terminal] * 3, cold, fsize)
+            self.process = start(
+                argv_of(what, args), env, cwd, [terminal] * 3, cold, fsize
+            )
         except BaseException:
             os.close(self._master)
             raise
@@ -486,7 +544,7 @@ class Screen:
 
     @property
     def paper(self) -> str:
-        """What a person would see by scrolling back: redrawn and erased lines are gone."""
+        """What a person sees by scrolling back: redrawn and erased lines are gone."""
         paper = Paper()
         paper.feed(self.raw)
         return paper.text
@@ -506,11 +564,14 @@ class Screen:
         """Press a key by name: up, enter, ... or ctrl-c, ctrl-d, ..."""
         control = re.fullmatch(r"ctrl-([a-z\\])", key)
         if key == "ctrl-c":
-            time.sleep(0.1)  # a signal between a prompt and the read behind it would be lost
+            # a signal between a prompt and the read behind it would be lost
+            time.sleep(0.1)
         self.type(chr(ord(control[1].upper()) - 64) if control else KEYS[key])
 
-    def wait_for(self, what: str | re.Pattern[str], timeout: float = 10) -> re.Match[str]:
-        """Wait for a text, or a compiled pattern, in the output after the last match."""
+    def wait_for(
+        self, what: str | re.Pattern[str], timeout: float = 10
+    ) -> re.Match[str]:
+        """Wait for a text, or a compiled pattern, after the last match."""
         pattern = re.compile(re.escape(what)) if isinstance(what, str) else what
         deadline = time.monotonic() + timeout
         with self._arrival:
@@ -524,12 +585,18 @@ class Screen:
                     break
                 self._arrival.wait(left)
         why = "the output ended" if self._ended else f"{timeout} s passed"
-        raise AssertionError(f"{why} without {pattern.pattern!r} on the screen:\n{self._shown()}")
+        raise AssertionError(
+            f"{why} without {pattern.pattern!r} on the screen:\n{self._shown()}"
+        )
 
     def wait_change(self, length: int, timeout: float) -> bool:
-        """Wait until `raw` is longer than `length`; False when the output has ended before."""
+        """Wait until `raw` is longer than `length`; False when the output has ended
+        before.
+        """
         with self._arrival:
-            self._arrival.wait_for(lambda: len(self.raw) > length or self._ended, timeout)
+            self._arrival.wait_for(
+                lambda: len(self.raw) > length or self._ended, timeout
+            )
             return len(self.raw) > length
 
     def wait_exit(self, timeout: float = 10) -> int:
@@ -537,7 +604,9 @@ class Screen:
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s:\n{self._shown()}") from None
+            raise AssertionError(
+                f"still running after {timeout} s:\n{self._shown()}"
+            ) from None
         self._reader.join(1)
         return status
 
@@ -548,7 +617,8 @@ class Screen:
 
     def close(self) -> None:
         """End everything this screen has started."""
-        if "COVERAGE_PROCESS_CONFIG" in os.environ and not self.ended:  # which writes at a SIGTERM
+        # which writes at a SIGTERM
+        if "COVERAGE_PROCESS_CONFIG" in os.environ and not self.ended:
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.kill(self.pid, signal.SIGTERM)
                 self.process.wait(3)

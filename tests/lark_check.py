@@ -1,8 +1,9 @@
 """Lark's own SDK as the judge of fake_feishu.py, in an environment of its own.
 
-JSON on stdin: {"events": [{encrypt_key, verification_token, body, headers}], "sends": [{domain,
-app_id, app_secret, receive_id_type, receive_id, text, uuid}]}. On stdout, for each event what the
-SDK's dispatcher answers and what its handler was given, and for each send what its client returns.
+JSON on stdin: {"events": [{encrypt_key, verification_token, body, headers}], "sends":
+[{domain, app_id, app_secret, receive_id_type, receive_id, text, uuid}]}. On stdout, for
+each event what the SDK's dispatcher answers and what its handler was given, and for
+each send what its client returns.
 """
 
 import json
@@ -22,9 +23,15 @@ def dispatch(case: dict) -> dict:
     builder = lark_oapi.EventDispatcherHandler.builder(
         case["encrypt_key"], case["verification_token"]
     )
-    handler = builder.register_p2_im_message_receive_v1(lambda e: seen.append(summary(e))).build()
+    handler = builder.register_p2_im_message_receive_v1(
+        lambda e: seen.append(summary(e))
+    ).build()
     request = RawRequest()
-    request.uri, request.headers, request.body = "/", case["headers"], case["body"].encode()
+    request.uri, request.headers, request.body = (
+        "/",
+        case["headers"],
+        case["body"].encode(),
+    )
     response = handler.do(request)
     return {
         "status": response.status_code,
@@ -52,9 +59,17 @@ def summary(data: P2ImMessageReceiveV1) -> dict:
 
 def send(case: dict) -> dict:
     """Send one message with the SDK's client."""
-    builder = lark_oapi.Client.builder().app_id(case["app_id"]).app_secret(case["app_secret"])
-    client = builder.domain(case["domain"]).log_level(lark_oapi.LogLevel.CRITICAL).build()
-    body = CreateMessageRequestBody.builder().receive_id(case["receive_id"]).msg_type("text")
+    builder = (
+        lark_oapi.Client.builder().app_id(case["app_id"]).app_secret(case["app_secret"])
+    )
+    client = (
+        builder.domain(case["domain"]).log_level(lark_oapi.LogLevel.CRITICAL).build()
+    )
+    body = (
+        CreateMessageRequestBody.builder()
+        .receive_id(case["receive_id"])
+        .msg_type("text")
+    )
     body = body.content(json.dumps({"text": case["text"]})).uuid(case["uuid"]).build()
     request = CreateMessageRequest.builder().receive_id_type(case["receive_id_type"])
     response = client.im.v1.message.create(request.request_body(body).build())

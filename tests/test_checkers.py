@@ -1,4 +1,4 @@
-"""The checkers themselves, on made-up sections and docs: each must see what is wrong."""
+"""The checkers, on made-up sections and docs: each must see what is wrong."""
 
 import os
 from pathlib import Path
@@ -132,7 +132,9 @@ def test_what_keeps_the_rules_passes(pair: tuple[Section, Section]):
         ("sys.exit(main())", "main()", "__main__"),
     ],
 )
-def test_touches_are_seen_both_ways(pair: tuple[Section, Section], old: str, new: str, name: str):
+def test_touches_are_seen_both_ways(
+    pair: tuple[Section, Section], old: str, new: str, name: str
+):
     one, two = pair
     edit(two, old, new)
     assert check_steps.touched(one.source, two.source) == {name}
@@ -143,7 +145,9 @@ def test_touches_are_seen_both_ways(pair: tuple[Section, Section], old: str, new
     assert "does not change other" in extra
 
 
-def test_comments_imports_and_docstrings_at_the_top_are_free(pair: tuple[Section, Section]):
+def test_comments_imports_and_docstrings_at_the_top_are_free(
+    pair: tuple[Section, Section],
+):
     one, two = pair
     edit(two, "import sys\n", "import os\nimport sys\n")
     edit(two, 'NOTES = {"a": 1}', 'NOTES = {"a": 1}  # why')
@@ -161,7 +165,9 @@ def test_a_script_is_measured(tmp_path: Path):
     assert "9.00 nodes a line" in dense and "100.0 knots" in tangled
     assert list(check_steps.budget_problems(None, Section(path), 8))
     assert not list(check_steps.budget_problems(Section(path), Section(path), 0))
-    path.write_text("class A:\n    def f(self):\n        pass\n\n        pass\n", "utf-8")
+    path.write_text(
+        "class A:\n    def f(self):\n        pass\n\n        pass\n", "utf-8"
+    )
     assert not list(check_steps.length_problems(path, 4))
     (problem,) = check_steps.length_problems(path, 3)
     assert problem.endswith("f has 4 lines, at most 3")
@@ -177,7 +183,11 @@ def test_titles_are_seen(pair: tuple[Section, Section]):
 
 def test_sizes_are_seen(pair: tuple[Section, Section]):
     one, two = pair
-    edit(two, "    limit = 3\n\n    def ask(self, text):\n        return text.upper()\n", "")
+    edit(
+        two,
+        "    limit = 3\n\n    def ask(self, text):\n        return text.upper()\n",
+        "",
+    )
     (problem,) = check_steps.survival_problems(one, two, 0.95)
     assert "survive, at least 95%" in problem
     assert "-     limit = 3" in problem
@@ -192,7 +202,11 @@ def test_sizes_are_seen(pair: tuple[Section, Section]):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("# --- s01: the loop ---", "# --- s01: the old loop ---", "of s01 is gone or has changed"),
+        (
+            "# --- s01: the loop ---",
+            "# --- s01: the old loop ---",
+            "of s01 is gone or has changed",
+        ),
         ("# --- s02: the tools ---\n", "", "the bands are"),
         ("# --- main ---\n", "", "the bands are"),
         ("TOOLS = {}", "# --- helpers", "not a band label"),
@@ -201,7 +215,9 @@ def test_sizes_are_seen(pair: tuple[Section, Section]):
 )
 def test_bands_are_seen(pair: tuple[Section, Section], old: str, new: str, said: str):
     edit(pair[1], old, new)
-    assert any(said in problem for problem in check_steps.band_problems(*pair, "the tools"))
+    assert any(
+        said in problem for problem in check_steps.band_problems(*pair, "the tools")
+    )
 
 
 def test_places_are_seen(pair: tuple[Section, Section]):
@@ -216,8 +232,16 @@ def test_places_are_seen(pair: tuple[Section, Section]):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("import sys\n", "import sys\n\nimport httpx\n", "imports httpx, which its header"),
-        ("from dotenv import load_dotenv", "", "lists python-dotenv, which it does not"),
+        (
+            "import sys\n",
+            "import sys\n\nimport httpx\n",
+            "imports httpx, which its header",
+        ),
+        (
+            "from dotenv import load_dotenv",
+            "",
+            "lists python-dotenv, which it does not",
+        ),
         (">=3.11", ">=3.9", "requires-python"),
         ("#     ", '#     "x>=1", ', "does not stand on a line of its own"),
         ('"python-dotenv>=1.2"', '"python-dotenv"', "no lower bound"),
@@ -235,13 +259,22 @@ def test_requirements_are_seen(pair: tuple[Section, Section], tmp_path: Path):
     assert not list(check_steps.requirement_problems(pair, tmp_path))
     listing.write_text("python-dotenv>=1.3\nhttpx>=1\n", encoding="utf-8")
     found = list(check_steps.requirement_problems(pair, tmp_path))
-    assert [problem.split()[0] for problem in found] == ["s01", "s02", "requirements.txt"]
+    assert [problem.split()[0] for problem in found] == [
+        "s01",
+        "s02",
+        "requirements.txt",
+    ]
 
 
-@pytest.mark.parametrize("line", ["import s01_one", "from .s01_one import x", "import sessions.en"])
+@pytest.mark.parametrize(
+    "line", ["import s01_one", "from .s01_one import x", "import sessions.en"]
+)
 def test_imports_of_sections_are_seen(pair: tuple[Section, Section], line: str):
     edit(pair[1], "import sys\n", f"import sys\n{line}\n")
-    assert any("stands alone" in problem for problem in check_steps.standalone_problems(pair[1]))
+    assert any(
+        "stands alone" in problem
+        for problem in check_steps.standalone_problems(pair[1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +306,10 @@ def test_encodings_are_seen(pair: tuple[Section, Section], line: str, fine: bool
         ("print('hi')", "prints 'hi'"),
         ("open('made.txt', 'w').close()", "made.txt"),
         ("import socket; socket.socket()", "socket.__new__"),
-        ("import threading; threading.Thread(target=input, daemon=True).start()", "thread"),
+        (
+            "import threading; threading.Thread(target=input, daemon=True).start()",
+            "thread",
+        ),
         ("load_dotenv('.env')", ".env"),
         ("import os; os.environ['X'] = 'y'", "the environment changed"),
         ("raise OSError('no')", "OSError: no"),
@@ -333,7 +369,10 @@ def test_a_true_doc_passes(pair: tuple[Section, Section]):
         ("    def ask", "def ask"),
         ("    ...\n", ""),
         ("    return Agent", "return Agent"),
-        ("if text:\n    return Agent().ask(text)", "return Agent().ask(text)\nif text:"),
+        (
+            "if text:\n    return Agent().ask(text)",
+            "return Agent().ask(text)\nif text:",
+        ),
     ],
 )
 def test_excerpts_are_seen(old: str, new: str):
@@ -345,7 +384,11 @@ def test_excerpts_are_seen(old: str, new: str):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("**8 lines added, 1 gone**", "**9 lines added, 1 gone**", "must say **8 lines added, 1"),
+        (
+            "**8 lines added, 1 gone**",
+            "**9 lines added, 1 gone**",
+            "must say **8 lines added, 1",
+        ),
         ("**8 lines added, 1 gone**", "", "must say **8 lines added, 1 gone**"),
         ("`TOOLS`", "`NOTES`", "NOTES is not new"),
         ("`/read`", "`/write`", "/write is not new"),
@@ -355,9 +398,14 @@ def test_excerpts_are_seen(old: str, new: str):
         ("Touched:", "Changed:", "Touched:"),
     ],
 )
-def test_figures_and_names_are_seen(pair: tuple[Section, Section], old: str, new: str, said: str):
+def test_figures_and_names_are_seen(
+    pair: tuple[Section, Section], old: str, new: str, said: str
+):
     doc = DOC.replace(old, new)
-    found = [*check_docs.figure_problems(doc, *pair), *check_docs.name_problems(doc, *pair, {})]
+    found = [
+        *check_docs.figure_problems(doc, *pair),
+        *check_docs.name_problems(doc, *pair, {}),
+    ]
     assert any(said in problem for problem in found)
 
 
@@ -446,7 +494,10 @@ def test_links_and_paths_are_seen(tmp_path: Path, text: str, fine: bool):
     (folder / "other.md").write_text(other, encoding="utf-8")
     doc = folder / "doc.md"
     doc.write_text(f"# Here\n\n{text}\n", encoding="utf-8")
-    found = [*check_docs.link_problems(doc, tmp_path), *check_docs.path_problems(doc, tmp_path)]
+    found = [
+        *check_docs.link_problems(doc, tmp_path),
+        *check_docs.path_problems(doc, tmp_path),
+    ]
     assert bool(found) != fine, found
 
 
@@ -495,7 +546,9 @@ def test_what_may_differ_and_what_may_not():
     assert not transcripts.same(doc, [*screen[:4], "old cccc1111, other 12341234"])
     assert not transcripts.same(doc, [*screen[:4], "old aaaabbbb, other aaaabbbb"])
     assert not transcripts.same(doc, [*screen, "one more"])
-    assert transcripts.real_ids(["a 11112222"], ["a aaaabbbb"]) == {"11112222": "aaaabbbb"}
+    assert transcripts.real_ids(["a 11112222"], ["a aaaabbbb"]) == {
+        "11112222": "aaaabbbb"
+    }
 
 
 SERVER = """
@@ -506,7 +559,9 @@ except KeyboardInterrupt:
     print()
 print("stopped")
 """
-needs_terminal = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal and a shell")
+needs_terminal = pytest.mark.skipif(
+    os.name == "nt", reason="needs a pseudo-terminal and a shell"
+)
 DIALOG = """$ python sessions/en/s01_one.py
 made-up section
 you> hello
@@ -548,11 +603,15 @@ def test_transcripts_that_lie_are_seen(
     pair: tuple[Section, Section], tmp_path: Path, old: str, new: str, said: str
 ):
     assert old in DIALOG
-    assert said in transcripts.problems(DIALOG.replace(old, new), tmp_path / "a", root=tmp_path)
+    assert said in transcripts.problems(
+        DIALOG.replace(old, new), tmp_path / "a", root=tmp_path
+    )
 
 
 @needs_terminal
-def test_a_sleep_takes_longer_the_second_time(pair: tuple[Section, Section], tmp_path: Path):
+def test_a_sleep_takes_longer_the_second_time(
+    pair: tuple[Section, Section], tmp_path: Path
+):
     block = "$ (sleep 0.4; echo late) > log & sleep 0.2; cat log; cat log\nlate\nlate\n"
     assert "-late" in transcripts.problems(block, tmp_path / "a", root=tmp_path)
     block = "$ (/bin/sleep 0.4; echo late) > log & sleep 0.2; cat log\nlate\n"

@@ -1,4 +1,6 @@
-"""The fake Feishu itself: its API is as strict as it says, and Lark's own SDK takes its events."""
+"""The fake Feishu itself: its API is as strict as it says, and Lark's own SDK takes its
+events.
+"""
 
 import base64
 import hashlib
@@ -50,7 +52,10 @@ class Bot:
         self.token = ""
 
     def get_token(self, **changes: Any) -> dict:
-        body = {"app_id": self.feishu.app_id, "app_secret": self.feishu.app_secret} | changes
+        body = {
+            "app_id": self.feishu.app_id,
+            "app_secret": self.feishu.app_secret,
+        } | changes
         answer = self.http.post(TOKEN_PATH, json=body)
         assert answer.status_code == 200
         self.token = answer.json().get("tenant_access_token", "")
@@ -63,9 +68,17 @@ class Bot:
         return self.http.post(path, json=body, headers=headers, **more)
 
     def send(
-        self, to: str = "oc_alice", text: str = "hi", kind: str = "chat_id", **changes: Any
+        self,
+        to: str = "oc_alice",
+        text: str = "hi",
+        kind: str = "chat_id",
+        **changes: Any,
     ) -> httpx.Response:
-        body = {"receive_id": to, "msg_type": "text", "content": json.dumps({"text": text})}
+        body = {
+            "receive_id": to,
+            "msg_type": "text",
+            "content": json.dumps({"text": text}),
+        }
         return self.post(SEND_PATH, body | changes, params={"receive_id_type": kind})
 
 
@@ -81,7 +94,9 @@ def code(answer: httpx.Response) -> int:
 # --- tokens ---
 
 
-def test_a_token_is_given_again_until_30_minutes_before_its_end(feishu: FakeFeishu, bot: Bot):
+def test_a_token_is_given_again_until_30_minutes_before_its_end(
+    feishu: FakeFeishu, bot: Bot
+):
     first = bot.get_token()
     assert (first["code"], first["expire"]) == (0, 7200)
     feishu.pass_time(5000)
@@ -103,7 +118,9 @@ def test_a_token_is_given_again_until_30_minutes_before_its_end(feishu: FakeFeis
 
 def test_a_short_life_is_a_new_token_each_time(feishu: FakeFeishu, bot: Bot):
     feishu.expire_seconds = 60
-    assert bot.get_token()["tenant_access_token"] != bot.get_token()["tenant_access_token"]
+    assert (
+        bot.get_token()["tenant_access_token"] != bot.get_token()["tenant_access_token"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +139,10 @@ def test_wrong_credentials(feishu: FakeFeishu, bot: Bot, changes: dict, expected
 
 def test_who_the_bot_is(feishu: FakeFeishu, bot: Bot):
     assert code(bot.http.get(INFO_PATH)) == 99991661
-    assert code(bot.http.get(INFO_PATH, headers={"Authorization": "Bearer t-1"})) == 99991663
+    assert (
+        code(bot.http.get(INFO_PATH, headers={"Authorization": "Bearer t-1"}))
+        == 99991663
+    )
     bot.get_token()
     headers = {"Authorization": f"Bearer {bot.token}"}
     answer = bot.http.get(INFO_PATH + "/", headers=headers).json()
@@ -144,9 +164,17 @@ def test_sends_and_replies(feishu: FakeFeishu, bot: Bot):
         bot.post(f"{SEND_PATH}/{asked}/reply", reply),
     ]
     sent = feishu.wait_sent(3)
-    assert [a.json()["data"]["message_id"] for a in answers] == [s.message_id for s in sent]
-    assert [a.json()["data"]["chat_id"] for a in answers] == ["oc_team", "oc_bob", "oc_team"]
-    assert [(s.receive_id_type, s.receive_id, s.text, s.uuid, s.reply_to) for s in sent] == [
+    assert [a.json()["data"]["message_id"] for a in answers] == [
+        s.message_id for s in sent
+    ]
+    assert [a.json()["data"]["chat_id"] for a in answers] == [
+        "oc_team",
+        "oc_bob",
+        "oc_team",
+    ]
+    assert [
+        (s.receive_id_type, s.receive_id, s.text, s.uuid, s.reply_to) for s in sent
+    ] == [
         ("chat_id", "oc_team", "one", "u1", ""),
         ("open_id", "ou_bob", "two", "", ""),
         ("chat_id", "oc_team", "réponse", "r1", asked),
@@ -196,7 +224,11 @@ BAD_SENDS = {
 @pytest.mark.parametrize("what", BAD_SENDS)
 def test_a_bad_send_is_refused_and_a_problem(feishu: FakeFeishu, bot: Bot, what: str):
     expected, changes = BAD_SENDS[what]
-    answer = bot.post(SEND_PATH, {}, **changes) if "headers" in changes else bot.send(**changes)
+    answer = (
+        bot.post(SEND_PATH, {}, **changes)
+        if "headers" in changes
+        else bot.send(**changes)
+    )
     assert (answer.status_code, code(answer)) == (400, expected)
     assert (len(feishu.problems), feishu.sent) == (1, [])
 
@@ -204,7 +236,10 @@ def test_a_bad_send_is_refused_and_a_problem(feishu: FakeFeishu, bot: Bot, what:
 def test_a_body_that_is_no_json_and_a_path_that_is_none(feishu: FakeFeishu, bot: Bot):
     bot.get_token()
     headers = {"Authorization": f"Bearer {bot.token}"}
-    for headers["Content-Type"], raw in (("text/plain", "{}"), ("application/json", "[")):
+    for headers["Content-Type"], raw in (
+        ("text/plain", "{}"),
+        ("application/json", "["),
+    ):
         answer = bot.http.post(SEND_PATH, content=raw, headers=headers)
         assert (answer.status_code, code(answer)) == (400, 9499)
     assert code(bot.post(f"{SEND_PATH}/om_none/reply", {"msg_type": "text"})) == 230001
@@ -242,7 +277,9 @@ def test_errors_of_one_path(feishu: FakeFeishu, bot: Bot):
     answers = [bot.send() for _ in range(3)]
     assert [answer.status_code for answer in answers] == [502, 502, 200]
     assert answers[0].headers["Content-Type"] == "text/html"
-    feishu.fail("/messages", 500, {"code": 2200, "msg": "internal error"}, accepted=True)
+    feishu.fail(
+        "/messages", 500, {"code": 2200, "msg": "internal error"}, accepted=True
+    )
     assert code(bot.send(uuid="u")) == 2200
     assert code(bot.send(uuid="u")) == 0
     assert len(feishu.sent) == 2
@@ -288,11 +325,15 @@ def test_many_at_once_and_a_quick_end():
         feishu.hang(60, part="/reply")
         feishu.event(message_id="om_asked")
         bots = [Bot(feishu) for _ in range(8)]
-        threads = [threading.Thread(target=bot.send, kwargs={"uuid": "u"}) for bot in bots]
+        threads = [
+            threading.Thread(target=bot.send, kwargs={"uuid": "u"}) for bot in bots
+        ]
         reply = {"msg_type": "text", "content": '{"text": "late"}'}
         late = Bot(feishu)
         late.get_token()
-        hung = threading.Thread(target=late.post, args=(f"{SEND_PATH}/om_asked/reply", reply))
+        hung = threading.Thread(
+            target=late.post, args=(f"{SEND_PATH}/om_asked/reply", reply)
+        )
         for thread in [*threads, hung]:
             thread.start()
         for thread in threads:
@@ -314,10 +355,16 @@ def opened(feishu: FakeFeishu, encoded: fake_feishu.Encoded) -> dict:
     if not feishu.encrypt_key:
         return body
     if "X-Lark-Signature" in headers:
-        stamp, nonce = headers["X-Lark-Request-Timestamp"], headers["X-Lark-Request-Nonce"]
+        stamp, nonce = (
+            headers["X-Lark-Request-Timestamp"],
+            headers["X-Lark-Request-Nonce"],
+        )
         signed = (stamp + nonce + feishu.encrypt_key).encode() + raw
         assert hashlib.sha256(signed).hexdigest() == headers["X-Lark-Signature"]
-    secret, key = base64.b64decode(body["encrypt"]), hashlib.sha256(feishu.encrypt_key.encode())
+    secret, key = (
+        base64.b64decode(body["encrypt"]),
+        hashlib.sha256(feishu.encrypt_key.encode()),
+    )
     decryptor = Cipher(algorithms.AES(key.digest()), modes.CBC(secret[:16])).decryptor()
     padded = decryptor.update(secret[16:])
     assert padded[-1:] * padded[-1] == padded[-padded[-1] :]
@@ -348,7 +395,9 @@ def message_of(event: dict) -> tuple[Any, Any]:
     message = event["event"]["message"]
     mentions = message.get("mentions", "absent")
     if isinstance(mentions, list):
-        mentions = [(m["key"], m["id"]["open_id"], m["mentioned_type"]) for m in mentions]
+        mentions = [
+            (m["key"], m["id"]["open_id"], m["mentioned_type"]) for m in mentions
+        ]
     return json.loads(message["content"]), mentions
 
 
@@ -358,8 +407,14 @@ def test_mentions_and_kinds_of_messages():
     bob = ("@_user_2", "ou_bob", "user")
     assert message_of(feishu.event("hi")) == ({"text": "hi"}, "absent")
     assert message_of(feishu.event("hi", mentions="null")) == ({"text": "hi"}, None)
-    assert message_of(feishu.event("hi", mentions="all")) == ({"text": "@_all hi"}, "absent")
-    assert message_of(feishu.event("hi", mentions="bot")) == ({"text": "@_user_1 hi"}, [bot])
+    assert message_of(feishu.event("hi", mentions="all")) == (
+        {"text": "@_all hi"},
+        "absent",
+    )
+    assert message_of(feishu.event("hi", mentions="bot")) == (
+        {"text": "@_user_1 hi"},
+        [bot],
+    )
     text = "hi @_user_2, ask @_user_1"
     assert message_of(feishu.event(text, mentions=["bot", "ou_bob"])) == (
         {"text": text},
@@ -368,14 +423,21 @@ def test_mentions_and_kinds_of_messages():
     content, mentions = message_of(
         feishu.event("@_user_1 one\ntwo", mentions="bot", message_type="post")
     )
-    assert [[e.get("text", e.get("user_id")) for e in line] for line in content["content"]] == [
+    assert [
+        [e.get("text", e.get("user_id")) for e in line] for line in content["content"]
+    ] == [
         ["@_user_1", " one"],
         ["two"],
     ]
     assert mentions == [bot]
     assert "image_key" in message_of(feishu.event(message_type="image"))[0]
-    event = feishu.event(chat_type="group", open_id="ou_x", event_id="e", parent_id="om_p")
-    assert (event["header"]["event_id"], event["event"]["message"]["parent_id"]) == ("e", "om_p")
+    event = feishu.event(
+        chat_type="group", open_id="ou_x", event_id="e", parent_id="om_p"
+    )
+    assert (event["header"]["event_id"], event["event"]["message"]["parent_id"]) == (
+        "e",
+        "om_p",
+    )
     assert event["event"]["message"]["chat_id"] == "oc_group"
     assert event["event"]["sender"]["sender_id"]["open_id"] == "ou_x"
 
@@ -453,10 +515,14 @@ ACCEPTED = {"stale"}
 ACCEPTED_CHALLENGES = {"stale", "signature", "unsigned", "body", "plain"}
 
 
-@pytest.mark.skipif(not LARK_PYTHON, reason="LARK_PYTHON names no Python that has lark-oapi")
+@pytest.mark.skipif(
+    not LARK_PYTHON, reason="LARK_PYTHON names no Python that has lark-oapi"
+)
 @pytest.mark.costly
 def test_lark_itself_agrees():
-    """Its dispatcher takes our events and refuses our forgeries; we take its client's messages."""
+    """Its dispatcher takes our events and refuses our forgeries; we take its client's
+    messages.
+    """
     cases: list[tuple[Any, str, bool, dict, dict]] = []
     for key in ("", KEY):
         feishu = FakeFeishu(key)
@@ -479,8 +545,17 @@ def test_lark_itself_agrees():
             request["verification_token"] = feishu.verification_token
             cases.append((obj, forge, accepted, request))
     with FakeFeishu() as feishu:
-        send = {"domain": feishu.url, "app_id": feishu.app_id, "app_secret": feishu.app_secret}
-        send |= {"receive_id_type": "chat_id", "receive_id": "oc_alice", "text": "hé", "uuid": "u"}
+        send = {
+            "domain": feishu.url,
+            "app_id": feishu.app_id,
+            "app_secret": feishu.app_secret,
+        }
+        send |= {
+            "receive_id_type": "chat_id",
+            "receive_id": "oc_alice",
+            "text": "hé",
+            "uuid": "u",
+        }
         unknown = send | {"receive_id": "oc_nobody", "uuid": "v"}
         done = subprocess.run(
             [LARK_PYTHON, str(Path(__file__).with_name("lark_check.py"))],
@@ -498,7 +573,8 @@ def test_lark_itself_agrees():
         assert [result["code"] for result in results["sends"]] == [0, 0, 230002]
         assert feishu.problems == []
     for (obj, forge, accepted, _), result in zip(cases, results["events"], strict=True):
-        what = f"{forge or 'good'} {'challenge' if 'challenge' in obj else 'event'}: {result}"
+        kind = "challenge" if "challenge" in obj else "event"
+        what = f"{forge or 'good'} {kind}: {result}"
         assert result["status"] == (200 if accepted else 500), what
         assert (result["event"] is not None) == (accepted and "event" in obj), what
         if accepted and "challenge" in obj:

@@ -1,4 +1,6 @@
-"""The scripted server itself: what it sends is what a test asked for, and its checker is strict."""
+"""The scripted server itself: what it sends is what a test asked for, and its checker
+is strict.
+"""
 
 import copy
 import threading
@@ -23,7 +25,9 @@ ASK = [{"role": "user", "content": "hi"}]
 
 
 def client(server: FakeModel, timeout: float = 10) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url, api_key="sk-1", max_retries=0, timeout=timeout)
+    return openai.OpenAI(
+        base_url=server.url, api_key="sk-1", max_retries=0, timeout=timeout
+    )
 
 
 def ask(server: FakeModel, model: str, stream: bool, timeout: float = 10) -> str:
@@ -32,7 +36,9 @@ def ask(server: FakeModel, model: str, stream: bool, timeout: float = 10) -> str
     answer = chat.create(model=model, messages=ASK, stream=stream)
     if not stream:
         return answer.choices[0].message.content
-    return "".join(c.delta.content or "" for chunk in answer for c in chunk.choices or [])
+    return "".join(
+        c.delta.content or "" for chunk in answer for c in chunk.choices or []
+    )
 
 
 def call(id: str = "c1", arguments: str = "{}", **more) -> dict:
@@ -42,7 +48,9 @@ def call(id: str = "c1", arguments: str = "{}", **more) -> dict:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_plays_its_script_and_keeps_the_requests(fake_model: FakeModel, stream: bool):
-    fake_model.script("m", [Text("one two"), lambda body: Text(body["messages"][0]["content"])])
+    fake_model.script(
+        "m", [Text("one two"), lambda body: Text(body["messages"][0]["content"])]
+    )
     assert ask(fake_model, "m", stream) == "one two"
     assert ask(fake_model, "m", stream) == "hi"
     assert [r.messages for r in fake_model.chats] == [ASK, ASK]
@@ -52,16 +60,29 @@ def test_plays_its_script_and_keeps_the_requests(fake_model: FakeModel, stream: 
 def test_scripts_of_one_key_and_of_any_model(fake_model: FakeModel):
     fake_model.script(None, [Text("any")], repeat=True)
     fake_model.script("m", [Text("mine")], key="sk-1")
-    assert [ask(fake_model, model, True) for model in ("m", "x", "x")] == ["mine", "any", "any"]
+    assert [ask(fake_model, model, True) for model in ("m", "x", "x")] == [
+        "mine",
+        "any",
+        "any",
+    ]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_tool_calls(fake_model: FakeModel, stream: bool):
-    fake_model.script("m", [ToolCalls([("add", {"a": 1}), ("now", "{broken")], ids=["a", "b"])])
-    answer = client(fake_model).chat.completions.create(model="m", messages=ASK, stream=stream)
+    fake_model.script(
+        "m", [ToolCalls([("add", {"a": 1}), ("now", "{broken")], ids=["a", "b"])]
+    )
+    answer = client(fake_model).chat.completions.create(
+        model="m", messages=ASK, stream=stream
+    )
     if stream:
-        pieces = [t for chunk in answer for t in chunk.choices[0].delta.tool_calls or []]
-        texts = ["".join(t.function.arguments for t in pieces if t.index == i) for i in (0, 1)]
+        pieces = [
+            t for chunk in answer for t in chunk.choices[0].delta.tool_calls or []
+        ]
+        texts = [
+            "".join(t.function.arguments for t in pieces if t.index == i)
+            for i in (0, 1)
+        ]
         assert [t.id for t in pieces if t.id] == ["a", "b"]
     else:
         texts = [t.function.arguments for t in answer.choices[0].message.tool_calls]
@@ -148,7 +169,9 @@ def test_pages_models_and_embeddings(fake_model: FakeModel):
     with pytest.raises(ValueError, match="property name"):
         ask(fake_model, "m", True)
     assert client(fake_model).models.list().data[0].id == "text"
-    vectors = client(fake_model).embeddings.create(model="e", input=["a b", "b a", "c"]).data
+    vectors = (
+        client(fake_model).embeddings.create(model="e", input=["a b", "b a", "c"]).data
+    )
     assert vectors[0].embedding == vectors[1].embedding != vectors[2].embedding
 
 
@@ -170,7 +193,11 @@ def test_a_bad_request_and_a_script_that_runs_out_are_problems():
 GOOD = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "add"},
-    {"role": "assistant", "content": None, "tool_calls": [call("c1"), call("c2", '{"a": 1}')]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [call("c1"), call("c2", '{"a": 1}')],
+    },
     {"role": "tool", "tool_call_id": "c1", "content": "1"},
     {"role": "tool", "tool_call_id": "c2", "content": "2"},
     {"role": "assistant", "content": "3", "reasoning_content": "hm"},
@@ -181,7 +208,9 @@ def changed(**changes: object) -> list[dict]:
     """GOOD with messages replaced, by m0=..., or dropped, by m0=None."""
     messages = dict(enumerate(copy.deepcopy(GOOD)))
     messages |= {int(name[1:]): value for name, value in changes.items()}
-    return [messages[number] for number in sorted(messages) if messages[number] is not None]
+    return [
+        messages[number] for number in sorted(messages) if messages[number] is not None
+    ]
 
 
 def test_checker_accepts_what_is_valid():
@@ -196,16 +225,24 @@ BAD = {
     "content is None": changed(m1={"role": "user", "content": None}),
     "content is []": changed(m5={"role": "assistant", "content": []}),
     "no content": changed(m5={"role": "assistant"}),
-    "unexpected ['refusal']": changed(m5={"role": "assistant", "content": "", "refusal": None}),
+    "unexpected ['refusal']": changed(
+        m5={"role": "assistant", "content": "", "refusal": None}
+    ),
     "unexpected ['tool_call_id']": changed(m1={**USER, "tool_call_id": "c"}),
-    "tool_calls is []": changed(m5={"role": "assistant", "content": "", "tool_calls": []}),
+    "tool_calls is []": changed(
+        m5={"role": "assistant", "content": "", "tool_calls": []}
+    ),
     "is used twice": changed(m2={**GOOD[2], "tool_calls": [call("c1"), call("c1")]}),
     "a call's id is ''": changed(m2={**GOOD[2], "tool_calls": [call("")]}),
     "a call's type is None": changed(m2={**GOOD[2], "tool_calls": [call(type=None)]}),
-    "arguments are no object": changed(m2={**GOOD[2], "tool_calls": [call("c1", "[]")]}),
+    "arguments are no object": changed(
+        m2={**GOOD[2], "tool_calls": [call("c1", "[]")]}
+    ),
     "NaN is no JSON": changed(m2={**GOOD[2], "tool_calls": [call("c1", '{"a": NaN}')]}),
     "arguments are not JSON": changed(m2={**GOOD[2], "tool_calls": [call("c1", "{")]}),
-    "unexpected ['index']": changed(m2={**GOOD[2], "tool_calls": [call("c1", index=0)]}),
+    "unexpected ['index']": changed(
+        m2={**GOOD[2], "tool_calls": [call("c1", index=0)]}
+    ),
     "where 'c1' is due": changed(m3=GOOD[4], m4=GOOD[3]),
     "before the results of ['c2']": changed(m4=None),
     "ends before the results": changed(m3=None, m4=None, m5=None),
@@ -217,7 +254,10 @@ BAD = {
     "not the first message": changed(m6={"role": "system", "content": "x"}),
     "not encodable": changed(m1={"role": "user", "content": "\ud800"}),
     "a call's name is 'a b'": changed(
-        m2={**GOOD[2], "tool_calls": [call() | {"function": {"name": "a b", "arguments": "{}"}}]}
+        m2={
+            **GOOD[2],
+            "tool_calls": [call() | {"function": {"name": "a b", "arguments": "{}"}}],
+        }
     ),
 }
 

@@ -1,4 +1,6 @@
-"""The stand-in for Telegram itself, seen through the client library that the sections use."""
+"""The stand-in for Telegram itself, seen through the client library that the sections
+use.
+"""
 
 import asyncio
 import threading
@@ -30,12 +32,16 @@ def server() -> Iterator[FakeTelegram]:
 
 
 def client(server: FakeTelegram, token: str = "") -> Bot:
-    """A bot of this server; without certificates, which take most of the time to set one up."""
+    """A bot of this server; without certificates, which take most of the time to set
+    one up.
+    """
     requests = [HTTPXRequest(httpx_kwargs={"verify": False}) for _ in range(2)]
     return Bot(token or server.token, f"{server.url}/bot", "", *requests)
 
 
-def use(server: FakeTelegram, task: Callable[[Bot], Awaitable[Any]], token: str = "") -> Any:
+def use(
+    server: FakeTelegram, task: Callable[[Bot], Awaitable[Any]], token: str = ""
+) -> Any:
     """Run a task with a bot of its own."""
 
     async def main() -> Any:
@@ -55,6 +61,24 @@ def send(server: FakeTelegram, text: str, chat_id: int = 42, **more: Any) -> Any
     return use(server, lambda bot: bot.send_message(chat_id, text, **more))
 
 
+def polls_of(server: FakeTelegram) -> int:
+    return [method for method, _ in server.calls].count("getUpdates")
+
+
+async def polls(server: FakeTelegram, count: int) -> None:
+    """Wait until so many polls have come in."""
+    await asyncio.to_thread(server.until, lambda: polls_of(server) >= count)
+
+
+async def back_again(bot: Bot) -> tuple:
+    """The updates, as soon as the server is there again."""
+    while True:
+        try:
+            return await bot.get_updates()
+        except NetworkError:
+            await asyncio.sleep(0.02)
+
+
 def test_get_me_and_tokens(server: FakeTelegram):
     me = use(server, lambda bot: bot.get_me())
     assert (me.id, me.username, me.is_bot) == (server.bot_id, server.bot_username, True)
@@ -71,7 +95,9 @@ def test_get_me_and_tokens(server: FakeTelegram):
 
 def test_offsets(server: FakeTelegram):
     ids = [server.say(text) for text in ("one", "two", "three", "four")]
-    assert [m.text for m in poll(server)] == [m.text for m in poll(server, offset=ids[0])]
+    assert [m.text for m in poll(server)] == [
+        m.text for m in poll(server, offset=ids[0])
+    ]
     assert [m.text for m in poll(server, offset=ids[1], limit=2)] == ["two", "three"]
     assert (server.pending(), server.confirmed) == (3, ids[:1])
     assert [m.text for m in poll(server)] == ["two", "three", "four"]
@@ -108,14 +134,15 @@ def test_the_older_of_two_polls_ends(server: FakeTelegram):
     async def two(bot: Bot) -> None:
         async with client(server) as other:
             older = asyncio.create_task(bot.get_updates(timeout=30))
-            await asyncio.sleep(0.1)
+            await polls(server, 1)
             assert await other.get_updates() == ()
             with pytest.raises(Conflict, match="only one bot instance"):
                 await older
 
     async def given_up(bot: Bot) -> None:
+        before = polls_of(server)
         poll = asyncio.create_task(bot.get_updates(timeout=30))
-        await asyncio.sleep(0.1)
+        await polls(server, before + 1)
         poll.cancel()
         await asyncio.wait([poll])
         await bot.get_updates()
@@ -178,7 +205,11 @@ def test_topics(server: FakeTelegram):
     server.group_say("in a topic", topic=9)
     server.group_say("in General", forum=True, reply_to_bot=True)
     topic, general = poll(server)
-    assert (topic.message_thread_id, topic.is_topic_message, topic.chat.is_forum) == (9, True, True)
+    assert (topic.message_thread_id, topic.is_topic_message, topic.chat.is_forum) == (
+        9,
+        True,
+        True,
+    )
     assert topic.reply_to_message.forum_topic_created
     assert not general.is_topic_message
     assert general.message_thread_id == general.reply_to_message.message_id
@@ -186,9 +217,13 @@ def test_topics(server: FakeTelegram):
     for thread in (1, 8, general.message_thread_id):
         with pytest.raises(BadRequest, match="thread not found"):
             send(server, "hi", -100123, message_thread_id=thread)
-    use(server, lambda bot: bot.send_chat_action(-100123, "typing", message_thread_id=1))
+    use(
+        server, lambda bot: bot.send_chat_action(-100123, "typing", message_thread_id=1)
+    )
     assert [sent.thread_id for sent in server.sent_to(-100123)] == [9]
-    assert [(action.action, action.thread_id) for action in server.actions] == [("typing", 1)]
+    assert [(action.action, action.thread_id) for action in server.actions] == [
+        ("typing", 1)
+    ]
 
 
 def test_mentions_and_senders(server: FakeTelegram):
@@ -202,7 +237,10 @@ def test_mentions_and_senders(server: FakeTelegram):
     assert list(spoken.parse_entities().values()) == ["@tutor_bot", "/new@tutor_bot"]
     assert spoken.from_user.id == 5
     assert list(greeting.parse_entities(["mention"]).values()) == ["@tutor_bot"]
-    assert reply.reply_to_message.from_user.id == server.bot_id and not reply.is_topic_message
+    assert (
+        reply.reply_to_message.from_user.id == server.bot_id
+        and not reply.is_topic_message
+    )
     assert anonymous.from_user is None and anonymous.sender_chat.id == -100123
     assert bot.from_user.is_bot and joined.new_chat_members and joined.text is None
 
@@ -228,12 +266,12 @@ def test_flood_control(server: FakeTelegram, monkeypatch: pytest.MonkeyPatch):
             assert caught.value.retry_after.total_seconds() == 1
             assert bool(server.problems) == early
         await bot.send_message(43, "hi")
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1)
         await bot.send_message(42, "hi")
 
     server.know(42)
     server.know(43)
-    server.flood(42, seconds=0.6)
+    server.flood(42, seconds=1)
     use(server, hurry)
     assert [sent.chat_id for sent in server.sent] == [43, 42]
     assert len(server.problems) == 1
@@ -246,7 +284,9 @@ def test_faults(server: FakeTelegram):
                 await bot.send_message(42, str(number), read_timeout=0.3)
 
     server.know(42)
-    server.fail("sendMessage", 502, {"ok": False, "description": "Bad Gateway"}, after=True)
+    server.fail(
+        "sendMessage", 502, {"ok": False, "description": "Bad Gateway"}, after=True
+    )
     server.drop("sendMessage")
     server.drop("sendMessage", after=True)
     server.hang("sendMessage", 0.8)
@@ -257,21 +297,23 @@ def test_faults(server: FakeTelegram):
     assert [sent.text for sent in server.sent] == ["0", "2", "4", "5"]
     server.fail("*", 429, "<html>slow down</html>", headers={"Retry-After": "7"})
     answer = httpx.get(f"{server.url}/bot{server.token}/getMe")
-    assert (answer.headers["retry-after"], answer.headers["content-type"]) == ("7", "text/html")
+    assert (answer.headers["retry-after"], answer.headers["content-type"]) == (
+        "7",
+        "text/html",
+    )
 
 
 @pytest.mark.parametrize("port", [False, True])
 def test_outages(server: FakeTelegram, port: bool):
     async def through(bot: Bot) -> None:
         waiting = asyncio.create_task(bot.get_updates(timeout=30))
-        await asyncio.sleep(0.1)
+        await polls(server, 1)
         server.outage(0.5, port)
         server.say("hi")
         for attempt in (waiting, bot.get_updates()):
             with pytest.raises(NetworkError):
                 await attempt
-        await asyncio.sleep(0.6)
-        assert [update.message.text for update in await bot.get_updates()] == ["hi"]
+        assert [update.message.text for update in await back_again(bot)] == ["hi"]
 
     server.poll_cap = 30
     use(server, through)

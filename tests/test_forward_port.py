@@ -28,7 +28,9 @@ THIRD = SECOND.replace("s02: two.", "s03: three.").replace("LIMIT = 10", "LIMIT 
 
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True
+    )
 
 
 @pytest.fixture
@@ -126,7 +128,10 @@ def test_an_edit_since_an_older_revision(ladder: list[Path]):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["s09"], "no section s09 in "), (["s01", "--base", "nowhere"], "s01_one.py in nowhere: ")],
+    [
+        (["s09"], "no section s09 in "),
+        (["s01", "--base", "nowhere"], "s01_one.py in nowhere: "),
+    ],
 )
 def test_what_cannot_be_found(ladder: list[Path], arguments: list[str], said: str):
     done = port(ladder, *arguments)

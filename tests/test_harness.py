@@ -50,7 +50,8 @@ if __name__ == "__main__":
 """
 KEEPER = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(sleep, process_group=0)
 print("child", child.pid, flush=True)
 time.sleep(60)
 """
@@ -58,16 +59,20 @@ PROBE = """
 import json, os, resource, signal, sys, threading
 def stream(s):
     return [s.encoding, s.errors, s.line_buffering, s.closed, s.isatty(), s.fileno()]
+def handler(number):
+    return str(signal.getsignal(number)).split(" at ")[0]
 here = {
     "argv": [sys.argv, sys.orig_argv], "path": sys.path, "env": dict(os.environ),
     "cwd": os.getcwd(), "fds": [f for f in range(99) if os.path.exists(f"/dev/fd/{f}")],
     "leads": [os.getsid(0), os.getpgid(0)] == [os.getpid()] * 2,
     "terminal": os.isatty(0) and [os.ttyname(0)[:5], os.tcgetpgrp(0) == os.getpid()],
-    "signals": [str(signal.getsignal(n)).split(" at ")[0] for n in sorted(signal.valid_signals())],
+    "signals": [handler(n) for n in sorted(signal.valid_signals())],
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "streams": [stream(s) for s in (sys.stdin, sys.stdout, sys.stderr, sys.__stderr__)],
-    "main": [__name__, __file__, __doc__, __spec__, sys.modules["__main__"].__dict__ is globals()],
-    "limits": resource.getrlimit(resource.RLIMIT_FSIZE), "bytecode": sys.dont_write_bytecode,
+    "main": [__name__, __file__, __doc__, __spec__],
+    "is main": sys.modules["__main__"].__dict__ is globals(),
+    "limits": resource.getrlimit(resource.RLIMIT_FSIZE),
+    "bytecode": sys.dont_write_bytecode,
     "threads": threading.active_count(), "umask": os.umask(0o22), "nice": os.nice(0),
 }
 with open(sys.argv[1], "w") as file:
@@ -130,7 +135,8 @@ def test_screen_types_and_reads(tmp_path: Path, cold: bool):
         screen.press("ctrl-d")
         assert screen.wait_exit() == 0
         assert (
-            screen.paper.endswith("you> ac\nAC\nyou> ac\nAC\nyou> \nbye\n") or "bye" in screen.text
+            screen.paper.endswith("you> ac\nAC\nyou> ac\nAC\nyou> \nbye\n")
+            or "bye" in screen.text
         )
         with pytest.raises(AssertionError, match="the output ended"):
             screen.wait_for("never")
@@ -146,7 +152,9 @@ def test_screen_interrupts(tmp_path: Path, cold: bool):
 
 
 @both
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc to find a session's processes")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc"), reason="needs /proc to find a session's processes"
+)
 def test_screen_leaves_nothing_behind(tmp_path: Path, cold: bool):
     with Screen(script(tmp_path, KEEPER), clean_env(tmp_path), cold=cold) as screen:
         child = int(screen.wait_for(re.compile(r"child (\d+)"))[1])
@@ -170,8 +178,15 @@ def test_pipe(tmp_path: Path, cold: bool):
         "HI", "\x1b[1mHI\x1b[0m"
     ).replace("YOU\n", "\x1b[1mYOU\x1b[0m\n")
     with pytest.raises(AssertionError, match="still ran after"):
-        pipe([sys.executable, "-c", "input(); input()"], "", clean_env(tmp_path), timeout=0)
-    section = script(tmp_path, "import time; print('begun', flush=True); time.sleep(60)")
+        pipe(
+            [sys.executable, "-c", "input(); input()"],
+            "",
+            clean_env(tmp_path),
+            timeout=0,
+        )
+    section = script(
+        tmp_path, "import time; print('begun', flush=True); time.sleep(60)"
+    )
     with pytest.raises(AssertionError, match="still ran after(?s:.*)begun"):
         pipe(section, "", clean_env(tmp_path), timeout=2, cold=cold)
 
@@ -183,7 +198,12 @@ def test_a_warm_script_finds_what_a_cold_one_finds(tmp_path: Path, on_terminal: 
     found = []
     for cold in (True, False):
         result = tmp_path / "result"
-        how = {"args": [str(result), "一"], "cwd": tmp_path, "cold": cold, "fsize": 1 << 20}
+        how = {
+            "args": [str(result), "一"],
+            "cwd": tmp_path,
+            "cold": cold,
+            "fsize": 1 << 20,
+        }
         if on_terminal:
             with Screen(section, env, **how) as screen:
                 assert screen.wait_exit() == 0, screen.text
@@ -200,7 +220,9 @@ def test_a_warm_script_finds_what_a_cold_one_finds(tmp_path: Path, on_terminal: 
 @pytest.mark.parametrize("code", ENDS)
 def test_a_warm_script_ends_as_a_cold_one(tmp_path: Path, code: str):
     section = script(tmp_path, code)
-    cold, warm = (pipe(section, "", clean_env(tmp_path), cold=cold) for cold in (True, False))
+    cold, warm = (
+        pipe(section, "", clean_env(tmp_path), cold=cold) for cold in (True, False)
+    )
     assert vars(cold) == vars(warm)
 
 
@@ -211,9 +233,16 @@ def test_only_sections_start_warm_and_only_as_python_would(tmp_path: Path):
     other = tmp_path / "other.py"
     other.write_text(text, encoding="utf-8")
     assert pipe(section, "", env).stdout == "True"
-    assert pipe([sys.executable, section.path.name], "", env, cwd=tmp_path).stdout == "True"
+    assert (
+        pipe([sys.executable, section.path.name], "", env, cwd=tmp_path).stdout
+        == "True"
+    )
     assert pipe(section, "", env | {"PYTHONDONTWRITEBYTECODE": "1"}).stdout == "True"
-    for what, more in [(other, {}), (section, {"PYTHONHASHSEED": "1"}), (section, {"LANG": "C"})]:
+    for what, more in [
+        (other, {}),
+        (section, {"PYTHONHASHSEED": "1"}),
+        (section, {"LANG": "C"}),
+    ]:
         assert pipe(what, "", env | more).stdout == "False"
     MOTHER.end()
     assert pipe(section, "", env).stdout == "True", "there is no second mother"
@@ -229,7 +258,9 @@ def test_modules_are_fresh_and_leave_no_trace(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s01_made_up.py"]
 
 
-def test_environment_is_clean(monkeypatch: pytest.MonkeyPatch, env: dict, workspace: Path):
+def test_environment_is_clean(
+    monkeypatch: pytest.MonkeyPatch, env: dict, workspace: Path
+):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("SOMETHING_ELSE", "secret")
     fresh = clean_env(workspace)
@@ -239,7 +270,10 @@ def test_environment_is_clean(monkeypatch: pytest.MonkeyPatch, env: dict, worksp
 
 
 def test_plain_text():
-    assert plain("\x1b[1mbold\x1b[0m\r\n\x1b]0;title\x07next\x1b[?2004h\r\n") == "bold\nnext\n"
+    assert (
+        plain("\x1b[1mbold\x1b[0m\r\n\x1b]0;title\x07next\x1b[?2004h\r\n")
+        == "bold\nnext\n"
+    )
     assert plain("abc\b \b\b \bx\r\n") == "ax\n"
     assert plain("you> \r\x1b[Knews\r\nyou> \x1b[3") == "you> \nnews\nyou> "
 

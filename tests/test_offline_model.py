@@ -370,6 +370,7 @@ def said_before(*texts: str) -> list[dict]:
         ("help", "read SOUL.md and USER.md"),
         ("what is in SOUL.md?", "I cannot open files yet: that comes with section 2."),
         ("list the files", "I cannot run commands yet: that comes with section 2."),
+        ("run ls", "I cannot run commands yet"),
         ("create notes.txt with milk", "I cannot write files yet"),
         ("which tools do you have?", "no tools yet"),
         ("who are you?", "I am the offline stand-in"),

@@ -377,7 +377,7 @@ def test_a_server_that_is_down(env: dict[str, str]):
             '{"error": {"message": "no money"}}',
             'error {"error": {"message": "no money"',
         ),
-        ('{"choices": 5}', "1 is too odd to show"),
+        ('{"choices": 5}', "exchange 1 cannot be shown"),
         ("not JSON", 'error "not JSON"'),
         ("", 'error ""'),
     ],

@@ -1,14 +1,16 @@
 """Runs the transcripts of the docs and compares the screen, word for word.
 
-In a ```console block a line `$ command` is run in a fresh copy of the repository, the rest is what
-the screen shows. `$ python sessions/...` runs on a pseudo-terminal: what stands after a prompt is
-typed when the prompt appears; ^C and ^D, there or on a line of their own, are pressed. A program
-whose last line is an idle `you>` stays open: what follows is run in another terminal, with the
-port of its web chat for the usual one. `$ python -m websockets ...` is at a terminal, too: it is
-typed what is a JSON-RPC request. Anything else runs through the shell, its output in a pipe. A line
-`...` matches any lines. Free to differ: ports, tokens in links, ids of 8 to 12 hex digits (the same
-id stays the same; of one that was shown, the beginning may be typed), process ids, dates, times,
-durations, spaces at the end of a line. Commands of a doc in sessions/next run from there.
+In a ```console block a line `$ command` is run in a fresh copy of the repository, the
+rest is what the screen shows. `$ python sessions/...` runs on a pseudo-terminal: what
+stands after a prompt is typed when the prompt appears; ^C and ^D, there or on a line of
+their own, are pressed. A program whose last line is an idle `you>` stays open: what
+follows is run in another terminal, with the port of its web chat for the usual one. `$
+python -m websockets ...` is at a terminal, too: it is typed what is a JSON-RPC request.
+Anything else runs through the shell, its output in a pipe. A line `...` matches any
+lines. Free to differ: ports, tokens in links, ids of 8 to 12 hex digits (the same id
+stays the same; of one that was shown, the beginning may be typed), process ids, dates,
+times, durations, spaces at the end of a line. Commands of a doc in sessions/next run
+from there.
 """
 
 import contextlib
@@ -85,7 +87,9 @@ def runs_of(block: str) -> list[Run]:
         elif runs:
             runs[-1].lines.append(line.rstrip())
         else:
-            raise AssertionError(f"a transcript begins with '$ command', not with {line!r}")
+            raise AssertionError(
+                f"a transcript begins with '$ command', not with {line!r}"
+            )
     return runs
 
 
@@ -99,7 +103,9 @@ def pattern_of(line: str, ids: dict[str, str]) -> str:
         parts.append(re.escape(line[position : match.start()]))
         position = match.end()
         if match.lastgroup != "id":
-            kinds = [name for pattern, _ in FREE for name in re.findall(r"P<(\w+)>", pattern)]
+            kinds = [
+                name for pattern, _ in FREE for name in re.findall(r"P<(\w+)>", pattern)
+            ]
             parts.append(FREE[kinds.index(match.lastgroup)][1])
         elif match[0] in ids:
             parts.append(f"(?P={ids[match[0]]})")
@@ -115,10 +121,11 @@ def same(expected: list[str], actual: list[str]) -> bool:
 
 
 def real_ids(expected: list[str], actual: list[str]) -> dict[str, str] | None:
-    """What the ids of the doc are on the screen; None if it is not the one that is expected."""
+    """What the ids of the doc are on the screen; None if it is another screen."""
     ids: dict[str, str] = {}
     whole = "".join(
-        r"(?:.*\n)*?" if line == "..." else pattern_of(line, ids) + r"\n" for line in expected
+        r"(?:.*\n)*?" if line == "..." else pattern_of(line, ids) + r"\n"
+        for line in expected
     )
     match = re.fullmatch(whole, "".join(f"{line}\n" for line in actual))
     if not match or len(set(match.groupdict().values())) < len(ids):
@@ -127,7 +134,9 @@ def real_ids(expected: list[str], actual: list[str]) -> dict[str, str] | None:
 
 
 def tidy(lines: list[str]) -> list[str]:
-    """Lines without the keys pressed at prompts, trailing spaces, and an idle prompt at the end."""
+    """Lines without the keys pressed at prompts, trailing spaces, and an idle prompt at
+    the end.
+    """
     shown = [pressed(line).rstrip() for line in lines]
     while shown and (not shown[-1] or PROMPT.fullmatch(f"{shown[-1]} ")):
         shown.pop()
@@ -148,7 +157,9 @@ def at_its_prompt(line: str) -> tuple[str, str]:
 
 def difference(expected: list[str], actual: list[str]) -> str:
     """Both screens, one below the other where they differ."""
-    return "\n".join(difflib.unified_diff(expected, actual, "the doc", "the screen", lineterm=""))
+    return "\n".join(
+        difflib.unified_diff(expected, actual, "the doc", "the screen", lineterm="")
+    )
 
 
 # --- running ---
@@ -156,7 +167,9 @@ def difference(expected: list[str], actual: list[str]) -> str:
 
 @dataclass
 class Place:
-    """A fresh copy of the repository, the environment of a newcomer in it, and what stays open."""
+    """A fresh copy of the repository, the environment of a newcomer in it, and what
+    stays open.
+    """
 
     folder: Path
     env: dict[str, str]
@@ -167,7 +180,9 @@ class Place:
 
 
 def fresh_place(folder: Path, root: Path = REPO) -> Place:
-    """Copy what git tracks or would track; `python` there is the one that runs the tests."""
+    """Copy what git tracks or would track; `python` there is the one that runs the
+    tests.
+    """
     copy, home, tools = folder / "copy", folder / "home", folder / "tools"
     for path in (copy, home, tools):
         path.mkdir(parents=True)
@@ -199,7 +214,9 @@ def perform(run: Run, place: Place) -> list[str]:
     """Run one command; the lines of its screen."""
     command = run.command.replace(PORT, place.port)
     if place.is_next:
-        command = re.sub(r"\b(sessions/(?:offline_model|trace)\.py) ", r"\1 --next ", command)
+        command = re.sub(
+            r"\b(sessions/(?:offline_model|trace)\.py) ", r"\1 --next ", command
+        )
     run = Run(command, run.lines)
     text = on_terminal(run, place) if run.on_terminal else in_shell(run, place)
     return text.replace(str(place.folder), HERE).splitlines()
@@ -230,7 +247,9 @@ def in_shell(run: Run, place: Place) -> str:
 
 
 def on_terminal(run: Run, place: Place) -> str:
-    """A command on a pseudo-terminal, with the transcript's keys pressed at its prompts."""
+    """A command on a pseudo-terminal, with the transcript's keys pressed at its
+    prompts.
+    """
     words = shlex.split(run.command)
     settings = [word for word in words if re.match(r"\w+=", word)]
     program = words[words.index(next(w for w in words if w.startswith("python"))) + 1 :]
@@ -275,14 +294,18 @@ def complete_id(
 
 
 def send(screen: Screen, typed: str) -> None:
-    """Press what a line shows as typed, and wait until the screen has gone on to a next line."""
+    """Press what a line shows as typed, and wait until the screen has gone on to a next
+    line.
+    """
     rows = screen.paper.count("\n")
     if key := KEY.match(typed):
         screen.press(f"ctrl-{key[1].lower()}")
     else:
         screen.type(typed + "\n")
     wait_until(
-        screen, lambda: screen.paper.count("\n") > rows or screen.ended, f"{typed!r} answered"
+        screen,
+        lambda: screen.paper.count("\n") > rows or screen.ended,
+        f"{typed!r} answered",
     )
 
 
@@ -316,7 +339,9 @@ def wait_until(screen: Screen, true: Callable[[], bool], what: str) -> None:
 
 
 def last_words(screen: Screen, stay: bool) -> str:
-    """The screen when the program has ended, or waits at a prompt for what is not there."""
+    """The screen when the program has ended, or waits at a prompt for what is not
+    there.
+    """
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         length = len(screen.raw)
@@ -330,15 +355,16 @@ def last_words(screen: Screen, stay: bool) -> str:
                 screen.wait_exit()
             return shown
         screen.wait_change(length, 0.05)
-    raise AssertionError(f"neither the end nor a prompt after {TIMEOUT} s:\n{screen.paper}")
+    raise AssertionError(
+        f"neither the end nor a prompt after {TIMEOUT} s:\n{screen.paper}"
+    )
 
 
-def problems(
-    block: str, folder: Path, root: Path = REPO, is_next: bool = False
-) -> str:
+def problems(block: str, folder: Path, root: Path = REPO, is_next: bool = False) -> str:
     """What the screen shows other than the block says; "" when it is all the same.
 
-    On a busy machine a `sleep` may be too short: the second time each takes three times as long.
+    On a busy machine a `sleep` may be too short: the second time each takes three times
+    as long.
     """
     place = fresh_place(folder / "first", root)
     place.is_next = is_next

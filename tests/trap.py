@@ -1,4 +1,6 @@
-"""What crash_lab.py puts into the script it kills: a function at which the process kills itself."""
+"""What crash_lab.py puts into the script it kills: a function at which the process
+kills itself.
+"""
 
 import functools
 import json
@@ -8,7 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SETTING = "CRASH_AT"  # [function, a word in its arguments, moment, the file that arms the trap]
+# [function, a word in its arguments, moment, the file that arms the trap]
+SETTING = "CRASH_AT"
 
 
 def die() -> None:
@@ -16,10 +19,11 @@ def die() -> None:
 
 
 def arm(script: dict) -> None:
-    """Wrap one function of a script: the first call that has the word, once it is armed, kills.
+    """Wrap one function of a script: the first call that has the word, once it is
+    armed, kills.
 
-    The moment is before the call, after it, or half: of a record, half a line is written. With
-    never, the call is not made, and somebody else has to kill.
+    The moment is before the call, after it, or half: of a record, half a line is
+    written. With never, the call is not made, and somebody else has to kill.
     """
     name, word, moment, armed = json.loads(os.environ[SETTING])
     owner, _, method = name.partition(".")

@@ -1,8 +1,10 @@
-"""Starts scripts from a process that has the SDK imported: real processes, at a tenth of the time.
+"""Starts scripts from a process that has the SDK imported: real processes, at a tenth
+of the time.
 
-That process, the mother, is `python warm.py FD`. For each start it forks, and the child runs the
-script as `__main__`, in a session of its own, on the pipes or the terminal it is given. Nothing is
-patched: what costs a start its time, `import openai` and compiling the script, is done once.
+That process, the mother, is `python warm.py FD`. For each start it forks, and the child
+runs the script as `__main__`, in a session of its own, on the pipes or the terminal it
+is given. Nothing is patched: what costs a start its time, `import openai` and compiling
+the script, is done once.
 
 What differs: the hash seed is the mother's, and so is the command line that `ps` shows.
 """
@@ -38,8 +40,9 @@ LATER = [  # what sections import as their channels start
 ]
 QUESTION = [{"role": "user", "content": "?"}]
 ANSWER = (
-    b'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": '
-    b'[{"index": 0, "delta": {"role": "assistant", "content": "!"}, "finish_reason": "stop"}], '
+    b'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", '
+    b'"choices": [{"index": 0, "delta": {"role": "assistant", "content": "!"}, '
+    b'"finish_reason": "stop"}], '
     b'"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}\n\n'
     b"data: [DONE]\n\n"
 )
@@ -47,8 +50,12 @@ POSSIBLE = hasattr(os, "fork") and hasattr(socket, "send_fds")
 
 
 def fixed(env: Mapping[str, str]) -> dict[str, str]:
-    """What of an environment Python takes in as it starts, and so cannot be given to a child."""
-    names = [name for name in env if name.startswith(("PYTHON", "LANG", "LC_", "OPENAI_LOG"))]
+    """What of an environment Python takes in as it starts, and so cannot be given to a
+    child.
+    """
+    names = [
+        name for name in env if name.startswith(("PYTHON", "LANG", "LC_", "OPENAI_LOG"))
+    ]
     return {name: env[name] for name in names if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -145,7 +152,9 @@ def compiled(source: bytes, path: str) -> CodeType:
 
 
 def code_of(path: str) -> CodeType | None:
-    """The code of a script; None if there is something wrong with it, which the child will say."""
+    """The code of a script; None if there is something wrong with it, which the child
+    will say.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -160,7 +169,9 @@ def read_order(line: socket.socket) -> dict:
 
 
 def be_mother(link: socket.socket) -> tuple[dict, CodeType | None]:
-    """Fork for each order, until there is nobody to give one. Returns in the children alone."""
+    """Fork for each order, until there is nobody to give one. Returns in the children
+    alone.
+    """
     while True:
         data, fds, *_ = socket.recv_fds(link, 1, 4)
         with suppress(ChildProcessError):
@@ -206,9 +217,15 @@ def set_up(order: dict, streams: list[int]) -> None:
         os.close(fd)
     if os.isatty(0):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    sys.stdin = sys.__stdin__ = os.fdopen(0, "r", -1, "utf-8", "surrogateescape", closefd=False)
-    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", -1, "utf-8", "surrogateescape", closefd=False)
-    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
+    sys.stdin = sys.__stdin__ = os.fdopen(
+        0, "r", -1, "utf-8", "surrogateescape", closefd=False
+    )
+    sys.stdout = sys.__stdout__ = os.fdopen(
+        1, "w", -1, "utf-8", "surrogateescape", closefd=False
+    )
+    sys.stderr = sys.__stderr__ = os.fdopen(
+        2, "w", 1, "utf-8", "backslashreplace", closefd=False
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
@@ -242,7 +259,8 @@ def run(order: dict, code: CodeType | None) -> None:
 
 
 def keep(modules: Mapping[str, ModuleType]) -> None:
-    """Leave out of the end of Python what the mother has imported: to free it takes the longest.
+    """Leave out of the end of Python what the mother has imported: to free it takes the
+    longest.
 
     The script itself, and what it alone has imported, end as ever.
     """
@@ -257,15 +275,24 @@ def ask_once(openai: ModuleType) -> None:
     def answer() -> None:
         with server.accept()[0] as line:
             line.recv(65536)
-            line.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + ANSWER)
+            line.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + ANSWER
+            )
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
         thread = threading.Thread(target=answer)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-        with suppress(openai.OpenAIError), openai.OpenAI(api_key="none", base_url=url) as client:
-            list(client.chat.completions.create(model="m", messages=QUESTION, stream=True))
+        with (
+            suppress(openai.OpenAIError),
+            openai.OpenAI(api_key="none", base_url=url) as client,
+        ):
+            list(
+                client.chat.completions.create(
+                    model="m", messages=QUESTION, stream=True
+                )
+            )
         thread.join()
 
 

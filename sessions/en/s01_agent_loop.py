@@ -19,11 +19,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 import openai
 from dotenv import load_dotenv
+from openai.types.chat import ChatCompletionChunk
 
 # --- s01: the agent loop ---
 
@@ -39,6 +41,12 @@ NOTES = {
     "content_filter": "the provider's content filter stopped the answer",
     "tool_calls": "the model asked for a tool, and there is none to run",
 }
+
+
+TAG = "(?:think|thinking|thought|reasoning)"  # as models write it when no server takes it out
+OPENING = re.compile(rf"\s*[<\[]{TAG}[>\]]", re.IGNORECASE)
+CLOSING = re.compile(rf"[<\[]/{TAG}[>\]]", re.IGNORECASE)
+UNCLEAR = re.compile(r"\s{0,99}([<\[]\w{0,9})?")
 
 
 @dataclass
@@ -94,7 +102,73 @@ def explain(error: BaseException) -> str:
     return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
 
 
-def call_model(agent: Agent) -> tuple[dict, str]:
+class ThoughtFilter:
+    """Takes thoughts out of a streamed answer: what it begins with, in tags such as <think>."""
+
+    def __init__(self) -> None:
+        self.held, self.inside, self.found, self.begun = "", False, False, False
+
+    def feed(self, piece: str, last: bool = False) -> str:
+        """What of the next piece is answer, as far as that is clear by now."""
+        if self.begun:
+            return piece
+        self.held += piece
+        place = 0
+        while self.inside or (tag := OPENING.match(self.held, place)):
+            if not self.inside:
+                self.inside, self.found, place = True, True, tag.end()
+            tag = CLOSING.search(self.held, place)
+            if not tag:
+                self.held = self.held[max(place, len(self.held) - 20) :]  # half a tag may be there
+                return ""
+            self.inside, place = False, tag.end()
+        self.held = self.held[place:]
+        if UNCLEAR.fullmatch(self.held) and not last:
+            return ""
+        self.begun = True
+        return self.held.lstrip() if self.found else self.held
+
+
+def read_lines(response: object) -> Iterator[bytes]:
+    """The lines of a stream. What else ends a line elsewhere, as U+2028, may stand in a text."""
+    begun: list[bytes] = []
+    try:
+        for piece in response.iter_bytes():
+            head, *tails = piece.split(b"\n")
+            begun.append(head)
+            for tail in tails:
+                yield b"".join(begun).rstrip(b"\r")
+                begun = [tail]
+    except Exception as error:  # of the HTTP library, which the SDK may change
+        is_late = "Timeout" in type(error).__name__
+        kind = openai.APITimeoutError if is_late else openai.APIConnectionError
+        raise kind(request=response.request) from error
+
+
+def read_chunks(reply: openai.Stream) -> Iterator[object]:
+    """The chunks of an event stream. An event that holds none keeps the connection, and is left."""
+    data: list[bytes] = []
+    try:
+        for line in read_lines(reply.response):
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                data.append(value.strip())
+            if line or not data:
+                continue
+            event, data = b"\n".join(data), []
+            if event == b"[DONE]":
+                return
+            if event.startswith(b"{"):
+                chunk = json.loads(event)
+                if error := chunk.get("error"):
+                    told = error.get("message") if isinstance(error, dict) else error
+                    raise openai.APIError(str(told), reply.response.request, body=error)
+                yield ChatCompletionChunk.construct(**chunk)
+    finally:
+        reply.close()
+
+
+def call_model(agent: Agent, again: bool = True) -> tuple[dict, str]:
     """Send the history, show the answer as it streams. Returns the message and finish_reason."""
     request = {"messages": agent.messages, **agent.settings}
     stream = bool(request["stream"])
@@ -104,18 +178,23 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     )
     if stream and "json" in reply.response.headers.get("content-type", ""):
         raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
-    text, finish_reason = "", None
-    for chunk in reply if stream else [reply]:  # the SDK checks no field of it
+    text, finish_reason, visible = "", None, ThoughtFilter()
+    for chunk in read_chunks(reply) if stream else [reply]:  # the SDK checks no field of it
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
             delta = getattr(choice, "delta" if stream else "message", None)
             piece = getattr(delta, "content", None) or getattr(delta, "refusal", None)
-            if isinstance(piece, str):
+            if isinstance(piece, str) and (piece := visible.feed(piece)):
                 agent.show(piece)
                 text += piece
+    if rest := visible.feed("", last=True):
+        agent.show(rest)
+        text += rest
     message = {"role": "assistant", "content": plain(text)}
-    if finish_reason and text:
+    if finish_reason and text.strip():
         return message, finish_reason
+    if visible.found and again and finish_reason and finish_reason not in NOTES:
+        return call_model(agent, again=False)  # nothing but thoughts
     empty = "the answer was empty" if finish_reason else "the answer broke off"
     told = getattr(reply, "error", None) or NOTES.get(finish_reason, empty)
     raise openai.OpenAIError(f"{told} - {agent.client.base_url}")

@@ -24,12 +24,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 from dotenv import load_dotenv
+from openai.types.chat import ChatCompletionChunk
 
 # --- s01: the agent loop ---
 
@@ -45,6 +47,12 @@ NOTES = {
     "content_filter": "the provider's content filter stopped the answer",
     "tool_calls": "the model asked for a tool, and there is none to run",
 }
+
+
+TAG = "(?:think|thinking|thought|reasoning)"  # as models write it when no server takes it out
+OPENING = re.compile(rf"\s*[<\[]{TAG}[>\]]", re.IGNORECASE)
+CLOSING = re.compile(rf"[<\[]/{TAG}[>\]]", re.IGNORECASE)
+UNCLEAR = re.compile(r"\s{0,99}([<\[]\w{0,9})?")
 
 
 @dataclass
@@ -106,7 +114,73 @@ def explain(error: BaseException) -> str:
     return " - ".join(" ".join(str(part).split())[:300] for part in parts if str(part or ""))
 
 
-def call_model(agent: Agent) -> tuple[dict, str]:
+class ThoughtFilter:
+    """Takes thoughts out of a streamed answer: what it begins with, in tags such as <think>."""
+
+    def __init__(self) -> None:
+        self.held, self.inside, self.found, self.begun = "", False, False, False
+
+    def feed(self, piece: str, last: bool = False) -> str:
+        """What of the next piece is answer, as far as that is clear by now."""
+        if self.begun:
+            return piece
+        self.held += piece
+        place = 0
+        while self.inside or (tag := OPENING.match(self.held, place)):
+            if not self.inside:
+                self.inside, self.found, place = True, True, tag.end()
+            tag = CLOSING.search(self.held, place)
+            if not tag:
+                self.held = self.held[max(place, len(self.held) - 20) :]  # half a tag may be there
+                return ""
+            self.inside, place = False, tag.end()
+        self.held = self.held[place:]
+        if UNCLEAR.fullmatch(self.held) and not last:
+            return ""
+        self.begun = True
+        return self.held.lstrip() if self.found else self.held
+
+
+def read_lines(response: object) -> Iterator[bytes]:
+    """The lines of a stream. What else ends a line elsewhere, as U+2028, may stand in a text."""
+    begun: list[bytes] = []
+    try:
+        for piece in response.iter_bytes():
+            head, *tails = piece.split(b"\n")
+            begun.append(head)
+            for tail in tails:
+                yield b"".join(begun).rstrip(b"\r")
+                begun = [tail]
+    except Exception as error:  # of the HTTP library, which the SDK may change
+        is_late = "Timeout" in type(error).__name__
+        kind = openai.APITimeoutError if is_late else openai.APIConnectionError
+        raise kind(request=response.request) from error
+
+
+def read_chunks(reply: openai.Stream) -> Iterator[object]:
+    """The chunks of an event stream. An event that holds none keeps the connection, and is left."""
+    data: list[bytes] = []
+    try:
+        for line in read_lines(reply.response):
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                data.append(value.strip())
+            if line or not data:
+                continue
+            event, data = b"\n".join(data), []
+            if event == b"[DONE]":
+                return
+            if event.startswith(b"{"):
+                chunk = json.loads(event)
+                if error := chunk.get("error"):
+                    told = error.get("message") if isinstance(error, dict) else error
+                    raise openai.APIError(str(told), reply.response.request, body=error)
+                yield ChatCompletionChunk.construct(**chunk)
+    finally:
+        reply.close()
+
+
+def call_model(agent: Agent, again: bool = True) -> tuple[dict, str]:
     """Send the history, show the answer as it streams. Returns the message and finish_reason."""
     request = {"messages": agent.messages, **agent.settings}
     if agent.tools:
@@ -118,27 +192,36 @@ def call_model(agent: Agent) -> tuple[dict, str]:
     )
     if stream and "json" in reply.response.headers.get("content-type", ""):
         raise openai.OpenAIError(f"HTTP 200, but no stream: {reply.response.read().decode()}")
-    text, finish_reason = "", None
+    text, finish_reason, visible = "", None, ThoughtFilter()
     calls, thoughts = [], ""
-    for chunk in reply if stream else [reply]:  # the SDK checks no field of it
+    for chunk in read_chunks(reply) if stream else [reply]:  # the SDK checks no field of it
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
             delta = getattr(choice, "delta" if stream else "message", None)
             piece = getattr(delta, "content", None) or getattr(delta, "refusal", None)
-            if isinstance(piece, str):
+            if isinstance(piece, str) and (piece := visible.feed(piece)):
                 agent.show(piece)
                 text += piece
             for position, fragment in enumerate(getattr(delta, "tool_calls", None) or []):
                 add_piece(calls, fragment, position)
             thought = getattr(delta, "reasoning_content", None)
             thoughts += thought if isinstance(thought, str) else ""
+    if rest := visible.feed("", last=True):
+        agent.show(rest)
+        text += rest
     message = {"role": "assistant", "content": plain(text)}
     if thoughts:
         message["reasoning_content"] = plain(thoughts)  # DeepSeek refuses a history without it
     if finish_reason and calls:
         return message | {"tool_calls": plain_calls(calls, agent.messages)}, finish_reason
-    if finish_reason and text:
+    if finish_reason and text.strip():
         return message, finish_reason
+    is_end = finish_reason and finish_reason not in NOTES
+    if is_end and turn_texts(agent.messages):  # it has said all beside its calls
+        return message | {"content": NOTHING}, finish_reason
+    is_tool = agent.messages[-1]["role"] == "tool"
+    if is_end and again and (visible.found or thoughts or is_tool):
+        return call_model(agent, again=False)
     empty = "the answer was empty" if finish_reason else "the answer broke off"
     told = getattr(reply, "error", None) or NOTES.get(finish_reason, empty)
     raise openai.OpenAIError(f"{told} - {agent.client.base_url}")
@@ -146,9 +229,11 @@ def call_model(agent: Agent) -> tuple[dict, str]:
 
 def agent_turn(agent: Agent) -> str:
     """Answer the last message of the history. Returns the answer, or raises OpenAIError."""
+    texts = []
     for rounds in range(1, MAX_ROUNDS + 1):
         message, finish_reason = call_model(agent)
         agent.messages.append(message)
+        texts.append(message["content"])
         if not message.get("tool_calls"):
             break
         for call in message["tool_calls"]:
@@ -159,7 +244,7 @@ def agent_turn(agent: Agent) -> str:
         finish_reason = "rounds"
     note = f"\n[{NOTES[finish_reason]}]" if finish_reason in NOTES else ""
     agent.show(note)
-    return message["content"] + note
+    return join_texts(texts) + note
 
 
 def answer(agent: Agent, text: str) -> str:
@@ -181,10 +266,18 @@ def answer(agent: Agent, text: str) -> str:
 MAX_ROUNDS = 25
 MAX_RESULT = 30_000
 MAX_FILE = 10_000_000
+MAX_PATH = 4096
+MAX_CALLS = 500  # in one answer
+MAX_CHECKS = 200  # whether a call is whole: each reads all of it
 TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+NOTHING = "[nothing to add]"  # as no server takes an empty message in a history
 PATH = "the file, relative to the workspace"
+# What the program, here or in a later section, keeps for itself in the workspace.
+OWN = re.compile(
+    r"\.|(cron|delivery-queue|bindings\.jsonl[^/]*)(/|$)|agents/[^/]+/\.", re.IGNORECASE
+)
 SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
 TOOLS: list[dict] = []
 TOOL_HANDLERS: dict[str, Callable[..., str]] = {}
@@ -226,22 +319,31 @@ def add_piece(parts: list[dict], piece: object, position: int) -> None:
         "name": getattr(function, "name", None),
         "text": text if isinstance(text, str) else json.dumps(text),
         "extra_content": getattr(piece, "extra_content", None),  # Gemini's signature
+        "checks": 0,
     }
     part = next((part for part in reversed(parts) if continues(part, new)), None)
-    if part is None:
+    if part is None and len(parts) < MAX_CALLS:
         parts.append(new)
+    elif part is None:
+        pass  # whoever calls that much at once is not answered by more
     else:
-        part["text"] += new["text"]
+        text = part.pop("text")
+        text += new["text"]  # as nothing else holds it, it grows in place: no piece costs a copy
+        part["text"] = text
         part |= {key: part[key] or new[key] for key in ("id", "name", "extra_content")}
 
 
 def continues(part: dict, new: dict) -> bool:
     """Whether a piece goes on with a call: nothing contradicts it, and the call lacks something."""
+    if part["index"] != new["index"]:
+        return False
     contradicts = [part[key] and new[key] and part[key] != new[key] for key in ("id", "name")]
     if any(contradicts):
         return False
-    whole = part["text"].rstrip().endswith("}") and is_object(part["text"])
-    return part["index"] == new["index"] and not (whole and new["text"].strip())
+    if not new["text"].lstrip().startswith("{") or part["checks"] == MAX_CHECKS:
+        return True
+    part["checks"] += 1
+    return not is_object(part["text"])
 
 
 def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
@@ -274,6 +376,22 @@ def plain_arguments(text: str) -> str:
     if text.strip() in ("", "null"):
         return "{}"
     return text if is_object(text) else json.dumps({"invalid_json": plain(text[:500])})
+
+
+def turn_texts(messages: list[dict]) -> list[str]:
+    """What the model has said since the last question, beside its tool calls."""
+    texts = []
+    for message in reversed(messages):
+        if message["role"] == "user":
+            break
+        if message["role"] == "assistant" and message["content"].strip():
+            texts.append(message["content"])
+    return texts[::-1]
+
+
+def join_texts(texts: list[str]) -> str:
+    """All that was said in a turn, as one answer."""
+    return "\n\n".join(text for text in texts if text.strip() and text != NOTHING)
 
 
 def tool_result(call: dict, text: str) -> dict:
@@ -349,11 +467,13 @@ def load_workspace() -> Path:
 
 def workspace_path(agent: Agent, path: str) -> Path:
     """The file that `path` names, links resolved. Raises ValueError when it is not the agent's."""
+    if len(path) > MAX_PATH:
+        raise ValueError("no path is that long")
     file = (agent.workspace / path).resolve()
     if not file.is_relative_to(agent.workspace):
         raise ValueError(f"{path} is outside the workspace")
-    if file.relative_to(agent.workspace).as_posix().startswith("."):
-        raise ValueError(f"{path} is not for tools: names with a leading dot are the program's own")
+    if OWN.match(file.relative_to(agent.workspace).as_posix()):
+        raise ValueError(f"{path} is not for tools: the program keeps its own state there")
     return file
 
 
@@ -414,7 +534,9 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     if "\r\n" in text and (old_text not in text or "\n" not in old_text):
         # Models write \n where this file has \r\n; what fits with its \n stays as it is.
         old_text, new_text = (re.sub("\r?\n", "\r\n", part) for part in (old_text, new_text))
-    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0  # overlaps, too
+    count = text.count(old_text) if old_text else 0
+    if count == 1 and text.find(old_text, text.find(old_text) + 1) > 0:
+        count = 2  # they overlap
     if count != 1:
         raise ValueError(f"old_text occurs {count} times in {path}; it must occur exactly once")
     replace_file(file, text.replace(old_text, new_text))

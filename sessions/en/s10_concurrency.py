@@ -37,6 +37,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -87,6 +88,7 @@ from zoneinfo import ZoneInfo
 
 import openai
 from dotenv import load_dotenv
+from openai.types.chat import ChatCompletionChunk
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import broadcast
 from websockets.asyncio.server import serve
@@ -109,6 +111,12 @@ NOTES = {
     "content_filter": "the provider's content filter stopped the answer",
     "tool_calls": "the model asked for a tool, and there is none to run",
 }
+
+
+TAG = "(?:think|thinking|thought|reasoning)"  # as models write it when no server takes it out
+OPENING = re.compile(rf"\s*[<\[]{TAG}[>\]]", re.IGNORECASE)
+CLOSING = re.compile(rf"[<\[]/{TAG}[>\]]", re.IGNORECASE)
+UNCLEAR = re.compile(r"\s{0,99}([<\[]\w{0,9})?")
 
 
 @dataclass
@@ -180,7 +188,73 @@ def explain(error: BaseException) -> str:
     return " - ".join(line[:300] for line in lines)
 
 
-def call_model(agent: Agent) -> tuple[dict, str]:
+class ThoughtFilter:
+    """Takes thoughts out of a streamed answer: what it begins with, in tags such as <think>."""
+
+    def __init__(self) -> None:
+        self.held, self.inside, self.found, self.begun = "", False, False, False
+
+    def feed(self, piece: str, last: bool = False) -> str:
+        """What of the next piece is answer, as far as that is clear by now."""
+        if self.begun:
+            return piece
+        self.held += piece
+        place = 0
+        while self.inside or (tag := OPENING.match(self.held, place)):
+            if not self.inside:
+                self.inside, self.found, place = True, True, tag.end()
+            tag = CLOSING.search(self.held, place)
+            if not tag:
+                self.held = self.held[max(place, len(self.held) - 20) :]  # half a tag may be there
+                return ""
+            self.inside, place = False, tag.end()
+        self.held = self.held[place:]
+        if UNCLEAR.fullmatch(self.held) and not last:
+            return ""
+        self.begun = True
+        return self.held.lstrip() if self.found else self.held
+
+
+def read_lines(response: object) -> Iterator[bytes]:
+    """The lines of a stream. What else ends a line elsewhere, as U+2028, may stand in a text."""
+    begun: list[bytes] = []
+    try:
+        for piece in response.iter_bytes():
+            head, *tails = piece.split(b"\n")
+            begun.append(head)
+            for tail in tails:
+                yield b"".join(begun).rstrip(b"\r")
+                begun = [tail]
+    except Exception as error:  # of the HTTP library, which the SDK may change
+        is_late = "Timeout" in type(error).__name__
+        kind = openai.APITimeoutError if is_late else openai.APIConnectionError
+        raise kind(request=response.request) from error
+
+
+def read_chunks(reply: openai.Stream) -> Iterator[object]:
+    """The chunks of an event stream. An event that holds none keeps the connection, and is left."""
+    data: list[bytes] = []
+    try:
+        for line in read_lines(reply.response):
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                data.append(value.strip())
+            if line or not data:
+                continue
+            event, data = b"\n".join(data), []
+            if event == b"[DONE]":
+                return
+            if event.startswith(b"{"):
+                chunk = json.loads(event)
+                if error := chunk.get("error"):
+                    told = error.get("message") if isinstance(error, dict) else error
+                    raise openai.APIError(str(told), reply.response.request, body=error)
+                yield ChatCompletionChunk.construct(**chunk)
+    finally:
+        reply.close()
+
+
+def call_model(agent: Agent, again: bool = True) -> tuple[dict, str]:
     """Send the history, show the answer as it streams. Returns the message and finish_reason."""
     request = {"messages": agent.messages, **agent.settings}
     if agent.system and agent.tools:  # a summary needs neither
@@ -201,29 +275,38 @@ def call_model(agent: Agent) -> tuple[dict, str]:
         with suppress(LookupError, TypeError, ValueError):
             failure.code = json.loads(told)["error"]["code"]  # for classify_failure
         raise failure
-    text, finish_reason = "", None
+    text, finish_reason, visible = "", None, ThoughtFilter()
     calls, thoughts = [], ""
-    for chunk in reply if stream else [reply]:  # the SDK checks no field of it
+    for chunk in read_chunks(reply) if stream else [reply]:  # the SDK checks no field of it
         used = getattr(getattr(chunk, "usage", None), "prompt_tokens", None)
         agent.used = used if isinstance(used, int) else agent.used
         for choice in getattr(chunk, "choices", None) or []:
             finish_reason = getattr(choice, "finish_reason", None) or finish_reason
             delta = getattr(choice, "delta" if stream else "message", None)
             piece = getattr(delta, "content", None) or getattr(delta, "refusal", None)
-            if isinstance(piece, str):
+            if isinstance(piece, str) and (piece := visible.feed(piece)):
                 agent.show(piece)
                 text += piece
             for position, fragment in enumerate(getattr(delta, "tool_calls", None) or []):
                 add_piece(calls, fragment, position)
             thought = getattr(delta, "reasoning_content", None)
             thoughts += thought if isinstance(thought, str) else ""
+    if rest := visible.feed("", last=True):
+        agent.show(rest)
+        text += rest
     message = {"role": "assistant", "content": plain(text)}
     if thoughts:
         message["reasoning_content"] = plain(thoughts)  # DeepSeek refuses a history without it
     if finish_reason and calls:
         return message | {"tool_calls": plain_calls(calls, agent.messages)}, finish_reason
-    if finish_reason and text:
+    if finish_reason and text.strip():
         return message, finish_reason
+    is_end = finish_reason and finish_reason not in NOTES
+    if is_end and turn_texts(agent.messages):  # it has said all beside its calls
+        return message | {"content": NOTHING}, finish_reason
+    is_tool = agent.messages[-1]["role"] == "tool"
+    if is_end and again and (visible.found or thoughts or is_tool):
+        return call_model(agent, again=False)
     empty = "the answer was empty" if finish_reason else "the answer broke off"
     told = getattr(reply, "error", None) or NOTES.get(finish_reason, empty)
     failure = openai.OpenAIError(f"{told} - {agent.client.base_url}")
@@ -233,12 +316,14 @@ def call_model(agent: Agent) -> tuple[dict, str]:
 
 def agent_turn(agent: Agent) -> str:
     """Answer the last message of the history. Returns the answer, or raises OpenAIError."""
+    texts = []
     for rounds in range(1, MAX_ROUNDS + 1):
         try:
             message, finish_reason = agent.app.resilience.call(agent)
         finally:  # who was stopped is told so, however the call ended
             agent.app.lanes.check()
         agent.messages.append(message)
+        texts.append(message["content"])
         if not message.get("tool_calls"):
             break
         for call in message["tool_calls"]:
@@ -250,7 +335,7 @@ def agent_turn(agent: Agent) -> str:
         finish_reason = "rounds"
     note = f"\n[{NOTES[finish_reason]}]" if finish_reason in NOTES else ""
     agent.show(note)
-    return message["content"] + note
+    return join_texts(texts) + note
 
 
 def answer(agent: Agent, text: str, asked: str = "") -> str:
@@ -258,8 +343,10 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
     question = {"role": "user", "content": text}
     try:
         if asked and asked == agent.messages.asked:  # a crash cut off the turn: go on with it
-            last = agent.messages[-1]
-            return last["content"] if last["role"] == "assistant" else agent_turn(agent)
+            texts = turn_texts(agent.messages)
+            if agent.messages[-1]["role"] != "assistant":
+                texts.append(agent_turn(agent))
+            return join_texts(texts)
         agent.app.lanes.check()
         close_turn(agent.messages)
         agent.messages.append(question, asked)
@@ -277,10 +364,18 @@ def answer(agent: Agent, text: str, asked: str = "") -> str:
 MAX_ROUNDS = 25
 MAX_RESULT = 30_000
 MAX_FILE = 10_000_000
+MAX_PATH = 4096
+MAX_CALLS = 500  # in one answer
+MAX_CHECKS = 200  # whether a call is whole: each reads all of it
 TOO_LONG = f"this turn has had its {MAX_ROUNDS} model calls"
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+NOTHING = "[nothing to add]"  # as no server takes an empty message in a history
 PATH = "the file, relative to the workspace"
+# What the program, here or in a later section, keeps for itself in the workspace.
+OWN = re.compile(
+    r"\.|(cron|delivery-queue|bindings\.jsonl[^/]*)(/|$)|agents/[^/]+/\.", re.IGNORECASE
+)
 SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
 TOOLS: list[dict] = []
 TOOL_HANDLERS: dict[str, Callable[..., str]] = {}
@@ -322,22 +417,31 @@ def add_piece(parts: list[dict], piece: object, position: int) -> None:
         "name": getattr(function, "name", None),
         "text": text if isinstance(text, str) else json.dumps(text),
         "extra_content": getattr(piece, "extra_content", None),  # Gemini's signature
+        "checks": 0,
     }
     part = next((part for part in reversed(parts) if continues(part, new)), None)
-    if part is None:
+    if part is None and len(parts) < MAX_CALLS:
         parts.append(new)
+    elif part is None:
+        pass  # whoever calls that much at once is not answered by more
     else:
-        part["text"] += new["text"]
+        text = part.pop("text")
+        text += new["text"]  # as nothing else holds it, it grows in place: no piece costs a copy
+        part["text"] = text
         part |= {key: part[key] or new[key] for key in ("id", "name", "extra_content")}
 
 
 def continues(part: dict, new: dict) -> bool:
     """Whether a piece goes on with a call: nothing contradicts it, and the call lacks something."""
+    if part["index"] != new["index"]:
+        return False
     contradicts = [part[key] and new[key] and part[key] != new[key] for key in ("id", "name")]
     if any(contradicts):
         return False
-    whole = part["text"].rstrip().endswith("}") and is_object(part["text"])
-    return part["index"] == new["index"] and not (whole and new["text"].strip())
+    if not new["text"].lstrip().startswith("{") or part["checks"] == MAX_CHECKS:
+        return True
+    part["checks"] += 1
+    return not is_object(part["text"])
 
 
 def plain_calls(parts: list[dict], messages: list[dict]) -> list[dict]:
@@ -370,6 +474,22 @@ def plain_arguments(text: str) -> str:
     if text.strip() in ("", "null"):
         return "{}"
     return text if is_object(text) else json.dumps({"invalid_json": plain(text[:500])})
+
+
+def turn_texts(messages: list[dict]) -> list[str]:
+    """What the model has said since the last question, beside its tool calls."""
+    texts = []
+    for message in reversed(messages):
+        if message["role"] == "user":
+            break
+        if message["role"] == "assistant" and message["content"].strip():
+            texts.append(message["content"])
+    return texts[::-1]
+
+
+def join_texts(texts: list[str]) -> str:
+    """All that was said in a turn, as one answer."""
+    return "\n\n".join(text for text in texts if text.strip() and text != NOTHING)
 
 
 def tool_result(call: dict, text: str) -> dict:
@@ -445,11 +565,13 @@ def load_workspace() -> Path:
 
 def workspace_path(agent: Agent, path: str) -> Path:
     """The file that `path` names, links resolved. Raises ValueError when it is not the agent's."""
+    if len(path) > MAX_PATH:
+        raise ValueError("no path is that long")
     file = (agent.workspace / path).resolve()
     if not file.is_relative_to(agent.workspace):
         raise ValueError(f"{path} is outside the workspace")
-    if file.relative_to(agent.workspace).as_posix().startswith("."):
-        raise ValueError(f"{path} is not for tools: names with a leading dot are the program's own")
+    if OWN.match(file.relative_to(agent.workspace).as_posix()):
+        raise ValueError(f"{path} is not for tools: the program keeps its own state there")
     return file
 
 
@@ -510,7 +632,9 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     if "\r\n" in text and (old_text not in text or "\n" not in old_text):
         # Models write \n where this file has \r\n; what fits with its \n stays as it is.
         old_text, new_text = (re.sub("\r?\n", "\r\n", part) for part in (old_text, new_text))
-    count = len(re.findall(f"(?={re.escape(old_text)})", text)) if old_text else 0  # overlaps, too
+    count = text.count(old_text) if old_text else 0
+    if count == 1 and text.find(old_text, text.find(old_text) + 1) > 0:
+        count = 2  # they overlap
     if count != 1:
         raise ValueError(f"old_text occurs {count} times in {path}; it must occur exactly once")
     replace_file(file, text.replace(old_text, new_text))
@@ -653,11 +777,22 @@ class Journal:
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append({} | json.loads(line))  # TypeError unless it is an object
+                record = json.loads(line, **READ_NUMBERS)
+                records.append({} | record)  # TypeError unless it is an object
             except (TypeError, ValueError, RecursionError):
                 records.append({})  # so that a record's number is its line's
                 show(f"[{self.path.name}, line {number}: damaged, left out]\n")
         return records
+
+
+def read_number(text: str) -> int | float:
+    """A number of a journal. Raises ValueError for one that overflows where it is used."""
+    if not abs(float(text)) < 1e18:
+        raise ValueError(f"{text[:20]} is no time, size or count")
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+READ_NUMBERS = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), read_number)
 
 
 class Session(list):
@@ -1076,6 +1211,8 @@ LONG_TEXT = 4000  # Telegram's apps split a paste at 4,096 characters, or at a b
 FROM_AFAR = ("/new", "/context", "/compact")  # what others may do of COMMANDS
 MAX_OPEN = 100  # uses of sessions that are remembered, and keep them in memory
 RUNNING: set[subprocess.Popen] = set()  # the commands of bash, which end with the program
+MAX_CONNECTIONS = 100  # to a server of ours, from those who have not said who they are
+MAX_REQUEST = 10  # seconds; Feishu gives up after three
 FEISHU_DOMAINS = {"feishu": "https://open.feishu.cn", "lark": "https://open.larksuite.com"}
 FEISHU_TOKEN = "/open-apis/auth/v3/tenant_access_token/internal"
 FEISHU_TOKEN_CODES = (99991661, 99991663, 99991664, 99991668, 99991671, 99991677)  # renew it
@@ -1095,6 +1232,12 @@ class InboundMessage:
     kind: str = "direct"  # or group
     sender: str = ""
     guild: str = ""  # a server or team of many chats; in Feishu the tenant
+
+    def __post_init__(self) -> None:
+        """Raise TypeError unless all of it is text: it may come from a file."""
+        texts = [*self.ids, *(value for name, value in vars(self).items() if name != "ids")]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
 
     @property
     def said(self) -> str:
@@ -1685,9 +1828,9 @@ class FeishuChannel(Channel):
         if sender["sender_type"] != "user" or (group and not called):
             return None
         text = read_content(message["message_type"], json.loads(message["content"]))
-        for mention in mentions:  # @_user_1 is no part of @_user_10; a name may hold a backslash
-            name = "" if mention["id"].get("open_id") == self.bot_id else f"@{mention['name']}"
-            text = re.sub(rf"{re.escape(mention['key'])}(?!\d)", lambda _, name=name: name, text)
+        names = {each["key"]: f"@{each['name']}" for each in mentions}
+        names |= {e["key"]: "" for e in mentions if e["id"].get("open_id") == self.bot_id}
+        text = re.sub(r"@_user_\d+|@_all", lambda key: names.get(key[0], key[0]), text)
         app, person = self.account.get("APP_ID"), sender["sender_id"]["open_id"]
         names = (message["message_id"], event["header"]["event_id"])
         ids = [f"{self.name}:{app}:{name}" for name in names]
@@ -1705,9 +1848,29 @@ class FeishuChannel(Channel):
 
 
 class FeishuServer(ThreadingHTTPServer):
-    """A thread for each connection, and silence on those that break off."""
+    """A thread for each connection, of MAX_CONNECTIONS at most: the oldest one makes room."""
 
     request_queue_size = 128
+
+    def __init__(self, *about: object) -> None:
+        super().__init__(*about)
+        self.places = threading.Semaphore(MAX_CONNECTIONS)
+        self.connections: dict[socket.socket, None] = {}
+
+    def process_request(self, request: socket.socket, address: object) -> None:
+        """Begin a connection's thread, when there is a place for it."""
+        if not self.places.acquire(blocking=False):
+            for oldest in list(self.connections)[:1]:
+                cut_off(oldest)
+            self.places.acquire()
+        self.connections[request] = None
+        super().process_request(request, address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """End a connection, which gives its place back."""
+        super().shutdown_request(request)
+        if self.connections.pop(request, 0) is None:
+            self.places.release()
 
     def handle_error(self, *about: object) -> None:
         """Nothing: the client is gone."""
@@ -1717,7 +1880,15 @@ class FeishuWebhook(BaseHTTPRequestHandler):
     """Answers Feishu at once: what its events ask for is done elsewhere."""
 
     protocol_version = "HTTP/1.1"
-    timeout = 30
+
+    def handle_one_request(self) -> None:
+        """A request, which has to be there whole in time: however slowly it drips, it ends."""
+        timer = threading.Timer(MAX_REQUEST, cut_off, [self.connection])
+        timer.start()
+        try:
+            super().handle_one_request()
+        finally:
+            timer.cancel()
 
     def do_POST(self) -> None:
         channel, length = self.server.channel, self.headers.get("Content-Length", "")
@@ -1745,6 +1916,12 @@ class FeishuWebhook(BaseHTTPRequestHandler):
 
     def log_message(self, *about: object) -> None:
         """Nothing: what matters is told by the channel."""
+
+
+def cut_off(connection: socket.socket) -> None:
+    """End a connection on which another thread may be reading."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def same(told: object, secret: str) -> bool:
@@ -2315,7 +2492,8 @@ class AgentManager:
             "sage": AgentConfig("sage", "You are Sage. You explain, and you name what you doubt."),
         }
         try:
-            listed = {} | json.loads(file.read_text("utf-8-sig")) if file.exists() else {}
+            text = load_text(file).removeprefix("\ufeff") if file.exists() else "{}"
+            listed = {} | json.loads(text)
         except (OSError, RecursionError, TypeError, ValueError) as error:
             listed = {}
             show(f"[agents.json: {error}]\n")
@@ -2371,6 +2549,24 @@ def method(name: str, like: Callable | None = None) -> Callable:
     return register
 
 
+class GatewayClient(ServerConnection):
+    """A connection. Of those that are no open WebSocket yet, the oldest makes room."""
+
+    opening: dict["GatewayClient", None] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.opening[self] = None
+        if len(self.opening) > MAX_CONNECTIONS:
+            oldest = next(iter(self.opening))
+            del self.opening[oldest]
+            oldest.transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.opening.pop(self, None)
+        super().connection_lost(error)
+
+
 class GatewayServer(Channel):
     """The web chat page and JSON-RPC 2.0 over WebSocket, on loopback, for those with the token."""
 
@@ -2421,6 +2617,7 @@ class GatewayServer(Channel):
             "127.0.0.1",
             port,
             process_request=self.check,
+            create_connection=GatewayClient,
             max_size=4 * MAX_FRAME,  # so far, what is too long is told so; beyond, cut off
             compression=None,  # it costs memory for each client, and loopback is fast
             close_timeout=1,
@@ -2456,6 +2653,7 @@ class GatewayServer(Channel):
 
     async def attend(self, client: ServerConnection) -> None:
         """Answer the frames of one client, in order, until it goes."""
+        GatewayClient.opening.pop(client, None)
         client.peer = f"ws-{os.urandom(8).hex()}"
         self.clients.add(client)
         try:
@@ -2607,7 +2805,7 @@ class GatewayServer(Channel):
         told = [
             {"role": each["role"], "text": each["content"]}
             for each in session[:ended]
-            if each["role"] != "tool" and each["content"]
+            if each["role"] != "tool" and each["content"] not in ("", NOTHING)
         ]
         open_ = [each for each in list(inbox.open.values()) if each.ids[0] not in inbox.answers]
         waiting = [each for each in open_ if self.app.route(each)[1] == key and each != running]
@@ -2776,7 +2974,7 @@ SMALL_WINDOW = 16_000  # tokens; in less, the prompt is minimal
 # Characters of files by token of the window: a half of it, an eighth, a 32nd.
 ROOM = {"full": 2, "minimal": 0.5, "none": 0.125}
 MAX_SKILLS, MAX_SKILLS_TEXT = 150, 30_000
-MAX_SKILL_FILE = 256_000  # bytes
+MAX_SKILL_FILE, MAX_FRONT = 256_000, 8_000  # bytes, characters
 MAX_NOTE, NOTE_OVERLAP = 1600, 320  # characters, 400 and 80 tokens
 VECTOR_WEIGHT, KEYWORD_WEIGHT = 0.7, 0.3
 HALF_LIFE = 30  # days
@@ -2960,35 +3158,48 @@ def read_skill(file: Path) -> Skill:
     """The skill in a file, by the Agent Skills format. Raises ValueError, saying in which line."""
     import yaml
 
-    if file.stat().st_size > MAX_SKILL_FILE:
-        raise ValueError(f": over {MAX_SKILL_FILE:,} bytes")
+    if not file.is_file() or file.stat().st_size > MAX_SKILL_FILE:
+        raise ValueError(f": no file of at most {MAX_SKILL_FILE:,} bytes")
     text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     front = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
     if not front:
         raise ValueError(", line 1: it must begin with frontmatter between two lines of ---")
+    if len(front[1]) > MAX_FRONT:
+        raise ValueError(f", line 1: its frontmatter is over {MAX_FRONT:,} characters")
     try:
-        about = yaml.load(front[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        about = plain_scalars(yaml.compose(front[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 2 if mark else 2
         raise ValueError(f", line {line}: {getattr(error, 'problem', None) or error}") from None
     for key, most in (("name", 64), ("description", 1024)):
-        value = about.get(key) if isinstance(about, dict) else None
-        if not isinstance(value, str) or not 0 < len(value.strip()) <= most:
+        if not 0 < len(about.get(key, "").strip()) <= most:
             lines = (n for n, line in enumerate(text.split("\n"), 1) if line.startswith(f"{key}:"))
             raise ValueError(f", line {next(lines, 2)}: {key} must be 1 to {most} characters")
     name, description = (" ".join(about[key].split()) for key in ("name", "description"))
-    invocation = str(about.get("invocation") or name).strip("/ ").lower()
+    invocation = (about.get("invocation") or name).strip("/ ").lower()
     invocation = re.sub(r"[^\w-]+", "-", invocation)[:32].strip("-")
-    hidden = about.get("user-invocable") is False
-    listed = about.get("disable-model-invocation") is not True
+    hidden = about.get("user-invocable", "").lower() in ("false", "no", "off")
+    listed = about.get("disable-model-invocation", "").lower() not in ("true", "yes", "on")
     return Skill(plain(name), plain(description), file, "" if hidden else invocation, listed)
+
+
+def plain_scalars(node: object) -> dict[str, str]:
+    """The texts and flags at the top of YAML. All else is left alone: an alias may expand to GB."""
+    found, kinds = {}, ("tag:yaml.org,2002:str", "tag:yaml.org,2002:bool")
+    for key, value in node.value if getattr(node, "id", "") == "mapping" else ():
+        if key.id == value.id == "scalar" and value.tag in kinds:
+            found[key.value] = value.value
+    return found
 
 
 def readable_path(agent: Agent, path: str) -> Path:
     """A file that may be read: of a skill, wherever that is, or of the workspace."""
+    if len(path) > MAX_PATH:
+        raise ValueError("no path is that long")
     file = (agent.workspace / Path(path).expanduser()).resolve()
     folders = (skill.file.parent.resolve() for skill in agent.app.skills.skills.values())
+    folders = (folder for folder in folders if not agent.workspace.is_relative_to(folder))
     if any(file.is_relative_to(folder) for folder in folders):
         return file
     return workspace_path(agent, path)
@@ -3027,15 +3238,19 @@ def n_grams(text: str) -> int:
 def split_notes(text: str, first: int = 1) -> Iterator[tuple[int, str]]:
     """The notes in a text, each with its line: paragraphs and list items, under their heading."""
     note: list[str] = []
+    headings = True  # whether the note has nothing else so far
     for number, line in enumerate([*text.split("\n"), None], first):
         ended = not line or not line.strip() or re.match("[-*] |#+ ", line)
-        if line is None and any(note) or ended and not is_heading("\n".join(note)):
+        if line is None and any(note) or ended and not headings:
             whole, begin = "\n".join(note).strip(), number - len(note)
-            for start in range(0, max(len(whole) - NOTE_OVERLAP, 1), MAX_NOTE - NOTE_OVERLAP):
-                yield begin + whole[:start].count("\n"), whole[start : start + MAX_NOTE]
-            note = []
+            step = MAX_NOTE - NOTE_OVERLAP
+            for start in range(0, max(len(whole) - NOTE_OVERLAP, 1), step):
+                yield begin, whole[start : start + MAX_NOTE]
+                begin += whole.count("\n", start, start + step)
+            note, headings = [], True
         if note or (line and line.strip()):
             note.append(line or "")
+            headings = headings and is_heading(note[-1])
 
 
 def is_heading(note: str) -> bool:
@@ -3104,7 +3319,8 @@ class MemoryStore:
             raise ValueError("there is nothing to write")
         now, day = datetime.now(), self.today().isoformat()
         path = (self.folder / "memory" / f"{day}.md").relative_to(self.root).as_posix()
-        indented = re.sub(r"\s*\n\s*", "\n  ", plain(text).strip())
+        lines = filter(None, map(str.strip, plain(text).split("\n")))
+        indented = "\n  ".join(lines)
         item = f"- {now:%H:%M} {indented}\n"
         with self.lock:
             with suppress(sqlite3.Error):
@@ -3541,6 +3757,16 @@ class JobState:
     running: bool = False
     done: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise TypeError unless the fields are what they should be: they may come from a file."""
+        if not all(isinstance(text, str) for text in (self.schedule, self.version, self.error)):
+            raise TypeError
+        times = (self.since, self.last, self.ended)
+        if not all(isinstance(at, int | float) and 0 <= at < 250e9 for at in times):  # a date
+            raise TypeError
+        if type(self.errors) is not int or self.errors < 0:
+            raise TypeError
+
     @property
     def disabled(self) -> bool:
         return self.errors >= MAX_ERRORS
@@ -3717,15 +3943,21 @@ def strip_ok(text: str) -> str:
     """What is left to tell of an answer: nothing of HEARTBEAT_OK with a short remark beside it."""
     # Models put it in bold, in quotes or in tags: marks do not count, loose ones go with it.
     text, marks = text.strip(), " \n\t*_`'\"<>/()[].,:;!-\u201c\u201d\u2018\u2019"
-    bare = re.sub(r"^(?:<\w+>)+|(?:</\w+>)+$", "", text).strip(marks)
+    bare = cut_tags(re.sub(r"^(?:<\w+>)+", "", text), "/").strip(marks)
     rest, loose = text, " \n\t*_`:,-"
     if re.match(rf"{HEARTBEAT_OK}\b", bare):
         rest = re.sub(r"^(?:</\w+>)+", "", rest.partition(HEARTBEAT_OK)[2]).lstrip(loose)
     if bare.endswith(HEARTBEAT_OK) and not re.search(r"\w\Z", bare.removesuffix(HEARTBEAT_OK)):
-        rest = re.sub(r"(?:<\w+>)+$", "", rest.rpartition(HEARTBEAT_OK)[0]).rstrip(loose)
+        rest = cut_tags(rest.rpartition(HEARTBEAT_OK)[0]).rstrip(loose)
     if rest == text:
         return text
     return "" if len(rest.strip(marks)) <= ACK_MAX else rest
+
+
+def cut_tags(text: str, slash: str = "") -> str:
+    """A text without the tags at its end; read from there, as a search would begin at each tag."""
+    tags = re.match(rf"(?:>\w+{slash}<)*", text[::-1])
+    return text[: len(text) - tags.end()]
 
 
 @dataclass
@@ -3770,8 +4002,8 @@ class CronJob:
                 anchor = self.schedule.get("anchor")
                 self.anchor = None if anchor is None else self.moment(anchor)
             case {"kind": "cron", "expr": str(expr)}:
-                if not CRON_EXPR.fullmatch(" ".join(expr.split())):
-                    raise ValueError(f"expr must be five fields of cron, not {expr!r}")
+                if len(expr) > 200 or not CRON_EXPR.fullmatch(" ".join(expr.split())):
+                    raise ValueError(f"expr must be five fields of cron, not {expr[:200]!r}")
                 self.after(time.time())  # raises if there is none
             case _:
                 raise ValueError("schedule must be at, every (every_seconds > 0) or cron with expr")
@@ -4362,6 +4594,8 @@ class DeliveryRunner:
         try:
             if random.random() < self.queue.failure_rate:
                 raise ChannelError("simulated failure")
+            if not self.channel.allows(InboundMessage(*delivery.recipient, "", [""])):
+                raise ChannelError("it is in no ..._ALLOWED_CHATS", permanent=True)
             self.channel.send(delivery.peer, piece, key)
         except Exception as error:  # whatever it is, the text is kept
             self.note_failure(delivery, error)

@@ -44,7 +44,7 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: list[dict]
-    show: Callable  # show(text) prints a piece of an answer, show(text, "note") a note
+    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
 
 
 @dataclass
@@ -104,7 +104,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If that fails, say why, take it back, and return None."""
+    """Answer a message. If nothing comes of it, say why, take it back, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.messages.append(question)
@@ -170,7 +170,8 @@ def load_agent() -> Agent:
         return Agent(client, options, [], show)
     except Exception as error:  # dotenv and the SDK do not say what they may raise
         sys.exit(
-            f"check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: {error}"
+            "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
+            f" MODEL_TIMEOUT: {error}"
         )
 
 

@@ -61,14 +61,14 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: list[dict]
-    show: Callable  # show(text) prints a piece of an answer, show(text, "note") a note
+    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
     tools: list[dict]  # what the model may ask for
     workspace: Path  # the folder that tools work in
     approval: "Approval"  # whether commands run
-    check_path: Callable  # raises ValueError for a file that is not for tools
+    check_path: Callable  # check_path(agent, file, is_write) raises if it is off limits
     system: str = ""  # instructions that stand before the conversation
-    check_cancelled: Callable = do_nothing  # raises once the turn has been cancelled
-    note_waiting: Callable = do_nothing  # gets the response or process it waits for
+    check_cancelled: Callable = do_nothing  # from s10 on: raises after /stop
+    note_waiting: Callable = do_nothing  # gets what the turn waits for, to stop it
 
 
 @dataclass
@@ -78,9 +78,9 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)
-    last_call: dict = field(default_factory=dict)  # for each index, while they arrive
-    reasoning: list = field(default_factory=list)
+    tool_calls: list = field(default_factory=list)  # raw, until the reply is complete
+    call_by_index: dict = field(default_factory=dict)  # where the next piece belongs
+    reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
 def call_model(agent: Agent) -> Reply:
@@ -125,7 +125,7 @@ def agent_turn(agent: Agent) -> str:
         for call in reply.tool_calls:
             result = run_tool(agent, call)
             agent.messages.append(tool_result(call, result))
-        agent.show("\n")
+        agent.show("\n")  # what follows begins on a new line
     return "\n\n".join(texts) + show_finish_note(agent, "rounds")
 
 
@@ -139,7 +139,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If that fails, say why, take it back, and return None."""
+    """Answer a message. If nothing comes of it, say why, take it back, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.check_cancelled()
@@ -211,7 +211,8 @@ def load_agent() -> Agent:
         return Agent(client, options, [], show, TOOLS, workspace, approval, check_path)
     except Exception as error:  # dotenv and the SDK do not say what they may raise
         sys.exit(
-            f"check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: {error}"
+            "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
+            f" MODEL_TIMEOUT: {error}"
         )
 
 
@@ -398,10 +399,10 @@ def call_handler(agent: Agent, name: str, arguments: dict) -> str:
 
 
 def cut_middle(text: str, limit: int = MAX_RESULT) -> str:
-    """The text, without its middle if it is longer than `limit` characters."""
+    """The text, or "(empty)". It loses its middle if it has over `limit` characters."""
     if len(text) <= limit:
         return text or "(empty)"
-    half = limit // 2 - 50
+    half = limit // 2 - 50  # room for the line in between
     return f"{text[:half]}\n[... the middle is cut out ...]\n{text[-half:]}"
 
 
@@ -418,9 +419,9 @@ def tool_result(call: dict, text: str) -> dict:
 
 def unanswered_tool_calls(messages: list[dict]) -> list[dict]:
     """The tool calls of the last assistant message that have no result yet."""
-    for results, message in enumerate(reversed(messages)):
-        if message["role"] != "tool":
-            return message.get("tool_calls", [])[results:]
+    for result_count, message in enumerate(reversed(messages)):
+        if message["role"] != "tool":  # the results behind it belong to its first calls
+            return message.get("tool_calls", [])[result_count:]
     return []
 
 
@@ -445,10 +446,10 @@ def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
     servers send no index, repeat the name, or send the arguments as an object.
     """
     index = delta.get("index", position)
-    call = reply.last_call.get(index)
-    if call is None or delta.get("id") not in (None, "", call["id"]):
+    call = reply.call_by_index.get(index)
+    if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
         call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
-        reply.last_call[index] = call
+        reply.call_by_index[index] = call
         reply.tool_calls.append(call)
     function = delta.get("function") or {}
     call["name"] = function.get("name") or call["name"]
@@ -466,7 +467,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     What only this server understands becomes an extra, which goes back to it alone.
     """
     calls = []
-    signed_calls = []
+    signed_calls = []  # the same, with what Gemini adds to them: its signatures
     extras = {}
     for call in reply.tool_calls:
         calls.append(normalize_tool_call(call))
@@ -474,7 +475,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     reply.tool_calls = calls
     if calls:
         reply.message["tool_calls"] = calls
-    if signed_calls != calls:  # Gemini's signatures
+    if signed_calls != calls:
         extras["tool_calls"] = signed_calls
     if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
         extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
@@ -530,7 +531,7 @@ def replace_surrogates(text: str) -> str:
 
 # Files
 
-FILE_LOCK = threading.Lock()  # two changes of one file must not overlap
+FILE_LOCK = threading.Lock()  # for later, when several turns run at once
 
 
 def load_workspace() -> Path:
@@ -624,18 +625,21 @@ def check_passage(text: str, passage: str) -> None:
         raise ValueError(f"old_text occurs {count} times: make it longer")
     if count == 0:
         lines = [line[:100] for line in text.split("\n")[:1000]]
-        nearest = difflib.get_close_matches(passage.split("\n")[0][:100], lines, n=1)
+        nearest = difflib.get_close_matches(passage.split("\n")[0], lines, n=1)
         raise ValueError(f"old_text does not occur. Similar lines: {nearest}")
 
 
 # Commands
 
-SECRET = re.compile("key|token|secret|pass|pwd|credential", re.IGNORECASE)
+SECRET = re.compile("(?i)key|token|secret|pass|pwd|credential")
 
 
 @dataclass
 class Approval:
-    """Whether commands run: "always", "never", or if the person says yes ("ask")."""
+    """Whether commands run: "always", "never", or if the person says yes ("ask").
+
+    It is an object so that a yes to all holds for all copies of the agent.
+    """
 
     mode: str
 
@@ -662,7 +666,9 @@ def is_approved(approval: Approval, command: str) -> bool:
     print()
     for line in lines:
         print(f"> {escape_invisible(line)}")
-    answer = input(f"run it (lines: {len(lines)})? [y/N/a] ").strip().lower()
+    answer = input(
+        f"run it (lines: {len(lines)}, characters: {len(command)})? [y/N/a] "
+    ).lower()
     if answer == "a":
         approval.mode = "always"
     return answer in ("y", "a")
@@ -688,7 +694,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
     """Run a command. Returns what it has printed, and how it ended."""
     mark = f"AGENT_COMMAND={uuid4().hex}"  # a variable that all its processes inherit
     process = subprocess.Popen(
-        ["env", mark, "bash", "-c", command],
+        ["env", mark, "bash", "-c", command],  # kill_command finds the mark in here
         cwd=agent.workspace,
         env={name: os.environ[name] for name in os.environ if not SECRET.search(name)},
         stdin=subprocess.DEVNULL,
@@ -716,10 +722,10 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
 
 def collect_output(process: subprocess.Popen, output: bytearray) -> None:
     """Read what a process prints, to its end. Keep the beginning and the end of it."""
-    half = 4 * MAX_RESULT  # a character has up to 4 bytes
+    keep = 4 * MAX_RESULT  # bytes at each end; a character has up to 4
     while block := process.stdout.read1(65536):
         output += block
-        del output[half:-half]
+        del output[keep:-keep]
 
 
 def kill_command(process: subprocess.Popen) -> None:
@@ -761,7 +767,7 @@ def prepare_terminal() -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):  # end as on exit: a running command ends, too
+    for name in ("SIGTERM", "SIGHUP"):  # a command that runs then ends, too
         signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
 
 

@@ -32,17 +32,14 @@ DOCUMENTED = [
     for before, after in zip([None, *SECTIONS], SECTIONS, strict=False)
     if after.doc.exists()
 ]
-README = REPO / "README.md"
 each_doc = pytest.mark.parametrize(
     ("before", "after"), DOCUMENTED, ids=[after.label for _, after in DOCUMENTED]
 )
 TRANSCRIPTS = [
     pytest.param(block, id=f"{path.stem[:3]}-line-{block.line}")
-    for path in [*(after.doc for _, after in DOCUMENTED), README]
-    if path.exists()
+    for path in (after.doc for _, after in DOCUMENTED)
     for block in check_docs.blocks(path.read_text(encoding="utf-8"), "console")
 ]
-needs_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
 
 
 def none(path: Path, problems: Iterable[str]) -> None:
@@ -89,10 +86,3 @@ def test_links_and_paths(before: Section | None, after: Section):
 def test_transcripts(block: check_docs.Block, tmp_path: Path):
     found = transcripts.problems(block.text, tmp_path)
     assert not found, f"\n{found}"
-
-
-@needs_readme
-def test_readme():
-    none(README, check_docs.link_problems(README, REPO))
-    none(README, check_docs.path_problems(README, REPO))
-    none(README, check_docs.readme_problems(README.read_text(encoding="utf-8"), SECTIONS))
