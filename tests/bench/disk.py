@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from types import SimpleNamespace
 
-from harness import sections
 from measure import NOT_INSTALLED
 from measure import Peer
 from measure import at_least
 from measure import at_most
+from measure import ladder
 from measure import medians
 from measure import row
 from measure import timed
@@ -25,29 +25,45 @@ MESSAGE = {
     "role": "user",
     "content": "A line of ordinary length, such as people write. " * 4,
 }
+SYNC = getattr(os, "fdatasync", os.fsync)
 
 
 def append(folder: Path) -> None:
-    """A message on disk, against a bare write and fdatasync of the same bytes."""
-    section = sections()[-1]
-    session = section.module.Session(section.module.Journal(folder / "s.jsonl"))
+    """A message on disk, against a bare write and sync of the same bytes."""
+    section = ladder("s03")[-1]
+    session = open_log(section.module, folder / "s.jsonl")
     session.append(MESSAGE)
-    line = (folder / "s.jsonl").read_bytes()
+    line = (folder / "s.jsonl").read_bytes().splitlines(keepends=True)[-1]
     with closing(open_database(folder)) as database:
         insert = partial(put, database, line)
         steps = {
+            "write and fsync": raw_writer(folder, line, sync=os.fsync),
             "write and fdatasync": raw_writer(folder, line),
             section.label: lambda: session.append(MESSAGE),
             "sqlite3, WAL, FULL": insert,
         }
+        if "Journal" in vars(section.module):  # sessions/en syncs so
+            del steps["write and fsync"]
         times = medians(40, {name: timed(step, 20) for name, step in steps.items()})
     rates("append", times, {section.label: 0.8})
 
 
-def raw_writer(folder: Path, line: bytes, rest: bytes = b"") -> Callable[[], None]:
-    """A function that syncs a line, and writes a rest for the next sync."""
+def open_log(module: ModuleType, path: Path) -> object:
+    """The session of a log, which may be new."""
+    if "Journal" in vars(module):  # sessions/en
+        return module.Session(module.Journal(path))
+    path.touch()
+    return module.Session(path)
+
+
+def raw_writer(
+    folder: Path,
+    line: bytes,
+    rest: bytes = b"",
+    sync: Callable = SYNC,
+) -> Callable[[], None]:
+    """A function that syncs a line; the next sync takes a rest along."""
     file = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    sync = getattr(os, "fdatasync", os.fsync)
 
     def write() -> None:
         os.write(file, line)
@@ -85,10 +101,8 @@ def rates(what: str, times: dict[str, float], goals: dict[str, float]) -> None:
 
 
 def replay(folder: Path) -> None:
-    """10,000 messages read back, against json.loads of the same lines, and out of
-    sqlite3.
-    """
-    section = sections()[-1]
+    """10,000 messages read back, against json.loads of the same lines, and sqlite3."""
+    section = ladder("s03")[-1]
     message = {"type": "message", "used": 0}
     roles = ("user", "assistant") * 5000
     lines = [
@@ -107,7 +121,7 @@ def replay(folder: Path) -> None:
         select = "SELECT line FROM lines ORDER BY id"
         steps = {
             "json.loads": lambda: [json.loads(line) for line in lines],
-            section.label: lambda: module.Session(module.Journal(folder / "r.jsonl")),
+            section.label: lambda: open_log(module, folder / "r.jsonl"),
             "sqlite3, json.loads": lambda: [
                 json.loads(r[0]) for r in database.execute(select)
             ],
@@ -119,9 +133,7 @@ def replay(folder: Path) -> None:
 
 
 class Outbox:
-    """The queue of s08 on, with a channel that accepts at once, and one that nobody
-    works for.
-    """
+    """The queue of s08 on, with a channel that accepts at once, and an idle one."""
 
     def __init__(self, module: ModuleType, folder: Path, waiting: int) -> None:
         self.module, self.numbers, path = module, count(), folder / "queue.jsonl"
@@ -134,8 +146,9 @@ class Outbox:
                 file.write(f"{line}\n".replace('"id": "0"', f'"id": "w{number}"'))
         self.queue = module.DeliveryQueue(path)
         account = module.ChannelAccount("telegram")
-        always = {"send": lambda *text: None, "allows": lambda message: True}
-        channel = SimpleNamespace(account=account, is_keyed=False, **always)
+        channel = SimpleNamespace(
+            account=account, is_keyed=False, send=lambda *text: None
+        )
         runner = module.DeliveryRunner(channel, self.queue)
         threading.Thread(target=runner.run, daemon=True).start()
 
@@ -147,9 +160,7 @@ class Outbox:
         )
 
     def deliver(self, texts: int = 20) -> None:
-        """Texts one after the other, sent by the runner's threads; until the last has
-        arrived.
-        """
+        """Send texts one after the other, and wait until all have arrived."""
         done = self.queue.counts["ack"] + texts
         for _ in range(texts):
             self.enqueue("default")
@@ -158,14 +169,13 @@ class Outbox:
 
 
 def delivery(folder: Path) -> None:
-    """Texts queued and acknowledged, against a bare write and fdatasync of the same
-    bytes.
+    """Texts queued and acknowledged, against a bare write and fdatasync of the same.
 
     One sync for each text is what ours needs: the acknowledgement rides on the next
     one. sqlite3 commits twice (a row put, a row deleted), persist-queue three times
     (put, get, ack).
     """
-    section = sections()[-1]
+    section = ladder("s08")[-1]
     few = Outbox(section.module, folder / "few", 1)
     many = Outbox(section.module, folder / "many", 10_000)
     line = (folder / "few" / "queue.jsonl").read_bytes().splitlines(keepends=True)[-1]

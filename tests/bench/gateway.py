@@ -11,9 +11,9 @@ from contextlib import AsyncExitStack
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import sections
 from measure import at_least
 from measure import environment
+from measure import ladder
 from measure import medians
 from measure import row
 from websockets.asyncio.client import ClientConnection
@@ -40,10 +40,8 @@ asyncio.run(main())
 
 
 def gateway(folder: Path) -> None:
-    """`status` over the gateway, against a bare websockets echo of the same frame; and
-    latency.
-    """
-    section, env = sections()[-1], environment("http://127.0.0.1:9/v1", folder)
+    """`status` over the gateway, against a bare websockets echo; and its latency."""
+    section, env = ladder("s05")[-1], environment("http://127.0.0.1:9/v1", folder)
     with served(["-c", ECHO], env) as echo, served([str(section.path)], env) as ours:
         for clients in (1, 10, 100, 1000):
             waits: dict[str, list[float]] = {"websockets echo": [], section.label: []}
@@ -72,9 +70,7 @@ def served(arguments: list[str], env: dict[str, str]) -> Iterator[str]:
 
 
 def loading(link: str, clients: int, waits: list[float]) -> Callable[[], float]:
-    """A function that has so many clients ask at once; each answer's time is added to
-    `waits`.
-    """
+    """A function that has so many clients ask at once and notes each time."""
 
     async def ask(client: ClientConnection) -> None:
         for _ in range(REQUESTS // clients):

@@ -11,16 +11,31 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from harness import FOLDER
+from harness import NEXT
+from harness import Section
+from harness import sections
+
 HERE = Path(__file__).resolve().parent
-REPO = HERE.parents[1]
+FOLDERS = [
+    NEXT,
+    FOLDER,
+]  # where to look for sections; `bench.py --sections` says another
 PEERS_PYTHON = os.environ.get("PEERS_PYTHON") or sys.executable
 NOT_INSTALLED = "not installed: PEERS_PYTHON is to have tests/bench/requirements.txt"
 
 
+def ladder(label: str = "s01") -> list[Section]:
+    """The sections to measure: of the first folder that goes as far as this one."""
+    for folder in FOLDERS:
+        found = sections(folder)
+        if any(section.label == label for section in found):
+            return found
+    sys.exit(f"there is no section {label} in {', '.join(map(str, FOLDERS))}")
+
+
 class Peer(AbstractContextManager):
-    """One of peers.py, in a process of its own: it does the steps that it is told to
-    do.
-    """
+    """One of peers.py, in a process of its own, which does the steps it is told."""
 
     def __init__(
         self, name: str, *arguments: object, python: str = PEERS_PYTHON
@@ -44,9 +59,7 @@ class Peer(AbstractContextManager):
         self.process.stdout.close()
 
     def timed(self, step: str, times: int = 1) -> Callable[[], float]:
-        """A function that gives the seconds which one step takes, on average over so
-        many.
-        """
+        """A function that gives the seconds of one step, on average over so many."""
 
         def measure() -> float:
             print(json.dumps([step, times]), file=self.process.stdin, flush=True)
@@ -58,7 +71,7 @@ class Peer(AbstractContextManager):
 
 
 def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]:
-    """A function that gives the average seconds of one call out of so many."""
+    """A function that gives the seconds of one call, on average over so many."""
 
     def measure() -> float:
         begin = time.perf_counter()
@@ -70,10 +83,10 @@ def timed(function: Callable[[], object], times: int = 1) -> Callable[[], float]
 
 
 def medians(rounds: int, measured: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median seconds of each function, which take turns so that they meet the same
-    weather.
+    """The median seconds of each function.
 
-    The first round warms up and does not count; who begins a round is drawn by lot.
+    They take turns so that they meet the same weather. The first round warms up and
+    does not count; who begins a round is drawn by lot.
     """
     times: dict[str, list[float]] = {name: [] for name in measured}
     order, dice = list(measured), random.Random(1)

@@ -1,5 +1,4 @@
-"""What is measured in a process of its own, by bench.py: python peers.py NAME
-ARGUMENT...
+"""What bench.py measures in a process of its own: python peers.py NAME ARGUMENT...
 
 It prints the steps that it can do, none if its library is missing, and then for each
 line `[step, times]` the seconds that one step took. Each library is used as its
@@ -21,8 +20,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-SECTIONS = Path(__file__).resolve().parents[2] / "sessions" / "en"
 SAY, ADD = "Say something.", "Please add 2 and 3."  # what quick_model.py answers to
+ON = "Go on and on."
 NUMBER = {"type": "integer", "description": "a number"}
 SCHEMA = {
     "type": "object",
@@ -79,9 +78,7 @@ def on_loop(function: Callable[..., Coroutine]) -> Callable:
 
 
 def once_each(make: Callable[[list[str]], object]) -> Callable[[list[str]], object]:
-    """Make an agent for each set of tools before it is needed, as a program does at its
-    start.
-    """
+    """Make an agent for each set of tools at the start, as a program does."""
     made = {len(names): make(names) for names in ([], NAMES[:1], NAMES)}
     return lambda names: made[len(names)]
 
@@ -125,25 +122,24 @@ def bare(url: str) -> Steps:
 
 
 def histories(send: Callable[[list[dict]], object]) -> Steps:
-    """One streamed call with a history of so many messages, by a function that sends
-    it.
-    """
+    """One streamed call by length of history, with a function that sends messages."""
     turn = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"},
     ]
     last = {"role": "user", "content": SAY}
-    return {
-        str(n + 1): partial(send, [*turn * (n // 2), last]) for n in (0, 20, 200, 2000)
-    }
+    steps = {"2000 events": partial(send, [{"role": "user", "content": ON}])}
+    for length in (0, 20, 200, 2000):
+        steps[str(length + 1)] = partial(send, [*turn * (length // 2), last])
+    return steps
 
 
-def section(name: str, folder: str) -> Steps:
-    """A section as it is: call_model, and agent_turn where it has tools."""
-    sys.path.insert(0, str(SECTIONS))
-    module = import_module(name)
+def section(path: str, folder: str) -> Steps:
+    """A section as it is: call_model, and a turn where it has tools."""
+    sys.path.insert(0, str(Path(path).parent))
+    module = import_module(Path(path).stem)
     agent = module.load_agent()
-    agent.show = lambda text: None
+    agent.show = lambda text, kind="answer": None
 
     def send(messages: list[dict]) -> None:
         agent.messages = messages
@@ -151,13 +147,47 @@ def section(name: str, folder: str) -> Steps:
         module.call_model(agent)
 
     steps = histories(send)
-    if "agent_turn" in vars(module) and "TOOL_HANDLERS" in vars(module):
-        steps |= section_turns(module, agent)
-    return steps
+    if "TOOL_HANDLERS" not in vars(module):
+        return steps
+    if "settings" in vars(agent):
+        return steps | first_section_turns(module, agent)
+    return steps | section_turns(module, agent)
 
 
 def section_turns(module: object, agent: object) -> Steps:
-    """The turns of a section; where it has sessions, messages go to the disk first."""
+    """The turns of a section; where it has sessions, the messages go to the disk."""
+    module.TOOLS.clear()
+    for function in functions(NAMES):
+        module.tool(as_handler(function))
+    history = []
+    if "open_session" in vars(module):
+        module.open_session(agent)
+        history = agent.messages
+
+    def ask(names: list[str], text: str, stream: bool = False) -> str:
+        agent.options["stream"] = stream
+        agent.tools = module.TOOLS[: len(names)]
+        agent.messages = history
+        getattr(history, "messages", history).clear()
+        return module.handle_message(agent, text)
+
+    agent.options.pop("stream_options", None)
+    return turns(ask, partial(ask, [], SAY, True))
+
+
+def as_handler(function: Callable[[int, int], int]) -> Callable:
+    """A function as a handler of a tool."""
+
+    def handler(agent: object, a: int, b: int) -> str:
+        """Add two numbers."""
+        return str(function(a, b))
+
+    handler.__name__ = function.__name__
+    return handler
+
+
+def first_section_turns(module: object, agent: object) -> Steps:
+    """The same for sessions/en."""
     for function in functions(NAMES):
         module.TOOL_HANDLERS[function.__name__] = lambda agent, a, b, add=function: str(
             add(a, b)
@@ -282,9 +312,7 @@ def langgraph(url: str) -> Steps:
 
 
 def persist_queue(folder: str) -> Steps:
-    """Its queue on SQLite with acknowledgement: WAL, synchronous=FULL, a commit for
-    each step.
-    """
+    """Its queue on SQLite: WAL, synchronous=FULL, a commit for each step."""
     from persistqueue import SQLiteAckQueue
 
     queue = SQLiteAckQueue(folder, multithreading=True)

@@ -1,15 +1,17 @@
 """A model server that takes next to no time, so that what is measured is who calls it.
 
-It prints its address. What it answers is settled: some words; a call of the first tool
-when it is asked to add 2 and 3; and by the tool final_answer when there is one, as
-smolagents wants it.
+It prints its address. What it answers is settled: some words, 2,000 of them when it is
+asked to go on and on; a call of the first tool when it is asked to add 2 and 3; and by
+the tool final_answer when there is one, as smolagents wants it.
 """
 
 import asyncio
 import json
 import re
+from functools import cache
 
 ANSWER = "Twelve short words of an answer that comes in pieces and ends."
+LONG = "word " * 1999
 USAGE = {"prompt_tokens": 10, "completion_tokens": 12, "total_tokens": 22}
 HEAD = {"id": "chatcmpl-1", "created": 1, "model": "offline"}
 
@@ -29,25 +31,38 @@ def call_of(body: dict) -> dict | None:
     return {"id": "call_1", "type": "function", "function": function}
 
 
-def whole(call: dict | None) -> bytes:
+def text_of(body: dict) -> str:
+    """The words that answer a request."""
+    return LONG if "on and on" in json.dumps(body["messages"][-1]) else ANSWER
+
+
+def whole(call: dict | None, answer: str) -> bytes:
     """The response in one piece."""
-    message = {"role": "assistant", "content": None if call else ANSWER}
+    message = {"role": "assistant", "content": None if call else answer}
     message |= {"tool_calls": [call]} if call else {}
     finish = "tool_calls" if call else "stop"
     choice = {"index": 0, "message": message, "finish_reason": finish}
     data = {**HEAD, "object": "chat.completion", "choices": [choice], "usage": USAGE}
     text = json.dumps(data).encode()
-    head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(text)}\r\n"
-    return head.encode() + b"\r\n" + text
+    about = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n"
+    return f"HTTP/1.1 200 OK\r\n{about}\r\n".encode() + text
 
 
-def streamed(call: dict | None) -> bytes:
-    """The response as a stream of events."""
-    pieces = [{"content": f"{word} "} for word in ANSWER.split()]
-    pieces = [{"tool_calls": [{"index": 0, **call}]}] if call else pieces
+@cache
+def streamed_text(answer: str) -> bytes:
+    """The response as a stream of events, made once."""
+    return streamed([{"content": f"{word} "} for word in answer.split()], "stop")
+
+
+def streamed_call(call: dict) -> bytes:
+    """A tool call as a stream of events."""
+    return streamed([{"tool_calls": [{"index": 0, **call}]}], "tool_calls")
+
+
+def streamed(pieces: list[dict], finish: str) -> bytes:
+    """A stream of events."""
     choices = [{"index": 0, "delta": piece, "finish_reason": None} for piece in pieces]
-    end = {"index": 0, "delta": {}, "finish_reason": "tool_calls" if call else "stop"}
+    end = {"index": 0, "delta": {}, "finish_reason": finish}
     events = [{"choices": [choice]} for choice in (*choices, end)]
     events.append({"choices": [], "usage": USAGE})
     head = {**HEAD, "object": "chat.completion.chunk"}
@@ -56,6 +71,14 @@ def streamed(call: dict | None) -> bytes:
     about = "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
     text = "".join(f"{len(chunk):x}\r\n{chunk}\r\n" for chunk in chunks)
     return f"HTTP/1.1 200 OK\r\n{about}\r\n{text}0\r\n\r\n".encode()
+
+
+def answer_to(request: dict) -> bytes:
+    """The response to a request."""
+    call = call_of(request)
+    if not request.get("stream"):
+        return whole(call, text_of(request))
+    return streamed_call(call) if call else streamed_text(text_of(request))
 
 
 class Model(asyncio.Protocol):
@@ -71,8 +94,7 @@ class Model(asyncio.Protocol):
         if length and len(body) == int(length[1]):
             self.data.clear()
             request = json.loads(body)
-            answer = streamed if request.get("stream") else whole
-            self.transport.write(answer(call_of(request)))
+            self.transport.write(answer_to(request))
 
 
 async def main() -> None:

@@ -1,6 +1,4 @@
-"""What must not grow with what is stored or waits: `memory`, `routing`, `cron` and
-`lanes`.
-"""
+"""What must not grow with what is stored: `memory`, `routing`, `cron` and `lanes`."""
 
 import json
 import random
@@ -12,26 +10,28 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from harness import sections
 from measure import NOT_INSTALLED
 from measure import Peer
 from measure import at_least
 from measure import at_most
+from measure import ladder
 from measure import medians
 from measure import row
 from measure import timed
 
 LETTERS = "abcdefghijklmnoprstuvw"
-# with the rounds that there is time for
-SIZES = {100: 7, 1000: 7, 10_000: 5, 100_000: 1}
+SIZES = {
+    100: 7,
+    1000: 7,
+    10_000: 5,
+    100_000: 1,
+}  # with the rounds that there is time for
 TASKS = {"empty": (int, 5000), "1 ms": (partial(time.sleep, 0.001), 300)}
 
 
 def memory(folder: Path) -> None:
-    """A search by words among notes, and a note more, against bm25s, which makes a new
-    index.
-    """
-    section, dice = sections()[-1], random.Random(1)
+    """A search among notes, and a note more, against bm25s, which makes a new index."""
+    section, dice = ladder("s06")[-1], random.Random(1)
     words = ["".join(dice.choices(LETTERS, k=dice.randint(3, 9))) for _ in range(4000)]
     for size, rounds in SIZES.items():
         home = folder / str(size)
@@ -71,9 +71,7 @@ def memory(folder: Path) -> None:
 
 
 def write_notes(home: Path, words: list[str], notes: list[str]) -> None:
-    """The notes as ours keeps them, in a file for each of ten days, and as a peer reads
-    them.
-    """
+    """The notes as ours keeps them, in a file a day, and as a peer reads them."""
     (home / "memory").mkdir(parents=True)
     for day in range(10):
         lines = "".join(f"- {note}\n" for note in notes[day::10])
@@ -86,7 +84,7 @@ def write_notes(home: Path, words: list[str], notes: list[str]) -> None:
 
 def routing(folder: Path) -> None:
     """The agent for a message found among 100,000 bindings, against 10."""
-    section = sections()[-1]
+    section = ladder("s05")[-1]
     look_ups = {}
     for size in (10, 100_000):
         file = folder / f"{size}.jsonl"
@@ -106,9 +104,7 @@ def routing(folder: Path) -> None:
 
 
 def few_and_many(what: str, who: str, times: dict[str, float]) -> None:
-    """Rows of the same step where there is little and where there is much: nearly as
-    quick.
-    """
+    """Rows of the same step where there is little and where there is much."""
     few, many = times.values()
     for size, seconds in times.items():
         goal = at_most(1.2, many / few) if seconds is many else ""
@@ -117,7 +113,8 @@ def few_and_many(what: str, who: str, times: dict[str, float]) -> None:
 
 def cron(folder: Path) -> None:
     """A tick of the scheduler with 10,000 jobs of which none is due, against 10."""
-    section, module, ticks = sections()[-1], sections()[-1].module, {}
+    section, ticks = ladder("s07")[-1], {}
+    module = section.module
     for size in (10, 10_000):
         home = folder / f"cron{size}"
         home.mkdir()
@@ -141,10 +138,8 @@ def cron(folder: Path) -> None:
 
 
 def lanes(folder: Path) -> None:
-    """Tasks put in and their results taken out, against ThreadPoolExecutor with as many
-    threads.
-    """
-    section = sections()[-1]
+    """Tasks put in and results taken out, against ThreadPoolExecutor."""
+    section = ladder("s10")[-1]
     commands = section.module.CommandQueue()
     for lane, threads in {"cron": 1, "main": 4}.items():
         with ThreadPoolExecutor(threads) as executor:
@@ -163,8 +158,6 @@ def lanes(folder: Path) -> None:
 
 
 def finishing(submit: Callable, task: Callable, tasks: int) -> Callable[[], float]:
-    """A function that hands in so many tasks, waits for all, and gives the seconds for
-    each.
-    """
+    """A function that hands in so many tasks, waits, and gives the seconds for each."""
     run = timed(lambda: wait([submit(task) for _ in range(tasks)]))
     return lambda: run() / tasks

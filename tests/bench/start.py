@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fake_telegram import FakeTelegram
-from harness import sections
 from measure import at_most
 from measure import environment
+from measure import ladder
 from measure import medians
 from measure import row
 from measure import timed
@@ -45,9 +45,7 @@ def starting(arguments: list[str], env: dict[str, str]) -> Callable[[], float]:
 def prompt(folder: Path) -> None:
     """From the shell to the first prompt, against `import openai` alone."""
     env = environment(NO_SERVER, folder)
-    scripts = {
-        section.label: starting([str(section.path)], env) for section in sections()
-    }
+    scripts = {s.label: starting([str(s.path)], env) for s in ladder()}
     times = medians(7, {"import openai": starting(["-c", IMPORT], env)} | scripts)
     for name, seconds in times.items():
         ratio = seconds / times["import openai"]
@@ -56,8 +54,8 @@ def prompt(folder: Path) -> None:
 
 
 def idle(folder: Path) -> None:
-    """Resident memory two seconds after the prompt, Telegram and the gateway on."""
-    section, figures = sections()[-1], {}
+    """Memory in use two seconds after the prompt, with Telegram and the gateway on."""
+    section, figures = ladder("s05")[-1], {}
     with FakeTelegram() as telegram:
         env = environment(NO_SERVER, folder) | {"TELEGRAM_BOT_TOKEN": telegram.token}
         env |= {"TELEGRAM_BASE_URL": telegram.url, "TELEGRAM_ALLOWED_CHATS": "1"}
