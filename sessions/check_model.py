@@ -2,12 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "openai>=3.54,<4",
+#   "pydantic>=2.12",
 #   "python-dotenv>=1.2.1",
 # ]
 # ///
-"""Will my model work? Small checks of the server that .env describes, and a verdict per section.
+"""Will my model work? Small checks of the server in .env, and a verdict per section.
 
-    .env --> checks: requests as sections 2 and 3 send them, answers as they read them
+    .env --> checks: requests as the sections send them, answers as they read them
                 |--> s01 yes, s02 no: ..., s03 ...
                 +--> lines for .env that would help
 
@@ -15,13 +16,14 @@
     python sessions/check_model.py --context        and whether CONTEXT_TOKENS is true
     python sessions/offline_model.py check_model    check the offline model
 
-Each check gets a mark; what marks other than ok mean is told below the table. Of several servers
-(section 9) it checks the first.
+Each check gets a mark. The marks other than ok are explained below the table. If .env
+names several servers (section 9), the first one is checked.
 
-It costs about a dozen requests, some 4,000 tokens in all, and at most eight requests more where a
-server fails. --context adds one of about nine tenths of CONTEXT_TOKENS: with 128000 some 115,000
-tokens, which cost money or, on a machine of your own, minutes. A server that falls silent costs
-MODEL_TIMEOUT seconds at a time, but not over 60 if its first answer came within 2.
+It costs about 14 requests, some 5,000 tokens in all, and at most eight requests more if
+the server fails. --context adds one request of about nine tenths of CONTEXT_TOKENS:
+with 128000 some 115,000 tokens, which cost money or, on a machine of your own, minutes.
+A server that falls silent costs MODEL_TIMEOUT seconds at a time, but no more than 60 if
+its first answer came within 2.
 
 The exit status is 0 if every section can be run, else 1; 2 for a wrong option.
 """
@@ -47,188 +49,195 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from types import SimpleNamespace
 
 import openai
 
-SECTIONS = Path(__file__).resolve().parent / "en"
-FAILURES = (openai.OpenAIError, OSError, ValueError)  # what a request may end in
-PAUSE = 1  # seconds before a request is made again
-RETRIES = 8  # in all
-QUICK = 2  # seconds; a server that needs longer may be a slow one, and gets its time
-SILENCE = 60  # seconds that a quick one may say nothing
-ROUNDS = 4  # of tool calls in a turn
-LIMIT = 2048  # tokens of an answer, where the server has to be told
-WORD = "tamarind"
-FILES = {
-    "note.txt": f"The code word is {WORD}.",
-    "one.txt": "red apple",
-    "two.txt": "blue plum",
-}
-WINDOW_FIELDS = (
-    "loaded_context_length",
-    "max_model_len",
-    "context_length",
-    "context_window",
-)
-CALL_AS_TEXT = re.compile(
-    r'<tool_call|<function|"(?:name|function|tool)"\s*:|\bread_file\s*\('
-)
-MARKS = {
-    "copes": "odd, but the section copes",
-    "but": "it works, and there is something to know",
-    "no": "it does not work",
-    "unclear": "this run could not tell",
-    "skipped": "not checked, as an earlier check failed",
-}
-NESTED = {
-    "guests": {"type": "integer"},
-    "outside": {"type": "boolean"},
-    "guest": {"type": "object", "properties": {"name": {"type": "string"}}},
-    "wishes": {"type": "array", "items": {"type": "string"}},
-}
-BOOK = {
-    "name": "book_table",
-    "description": "Book a table.",
-    "parameters": {"type": "object", "properties": NESTED, "required": [*NESTED]},
-}
-TYPES = {"guests": int, "outside": bool, "guest": dict, "wishes": list}
-Found = tuple[str, str]  # ok or one of MARKS, and a text
-Findings = list[tuple[int, str, str]]  # with the section whose verdict it belongs to
+# --- the sections ---
+
+SESSIONS = Path(__file__).resolve().parent
+TITLES = SESSIONS / "en"  # a verdict for each section in this folder
+CODE = SESSIONS / "next" / "s03_sessions.py"  # it contains s01 and s02
 
 
-def load_section(name: str) -> ModuleType:
-    """A section as a module: what it sends and how it reads is then no copy that could drift."""
-    path = next(SECTIONS.glob(f"{name}_*.py"))
+def load_section(path: Path) -> ModuleType:
+    """A section as a module, so that the checks send and read exactly what it does."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
 
-S01, S02, S03 = map(load_section, ("s01", "s02", "s03"))
-read_chunks = S01.read_chunks
-for section in (S01, S02, S03):
-    section.read_chunks = iter  # they read a Reply, which reads the stream as they would
+SECTION = load_section(CODE)
+NOTES = SECTION.NOTES
+TOOLS = SECTION.TOOLS
+ask_model = SECTION.ask_model
+agent_turn = SECTION.agent_turn
+call_model = SECTION.call_model
+read_events = SECTION.read_events
+read_lines = SECTION.read_lines
+merge_tool_call_delta = SECTION.merge_tool_call_delta
+estimate_tokens = SECTION.estimate_tokens
+explain = SECTION.explain
+show = SECTION.show
+ContextGuard = SECTION.ContextGuard
+ContextOverflow = SECTION.ContextOverflow
 
 # --- asking ---
 
-
-@dataclass
-class Reply:
-    """A streamed reply that keeps the chunks that pass, and ends when its time is over."""
-
-    stream: openai.Stream
-    response: object
-    chunks: list
-    seconds: float
-
-    def __iter__(self) -> Iterator[object]:
-        deadline = time.monotonic() + self.seconds
-        for chunk in read_chunks(self.stream):
-            self.chunks.append(chunk)
-            yield chunk
-            if time.monotonic() > deadline:
-                late = TimeoutError(f"the answer still came after {self.seconds:g} s")
-                raise openai.APITimeoutError(self.response.request) from late
+PAUSE = 1  # seconds before a request is made again
+RETRIES = 8  # in all
+QUICK = 2  # seconds; a slower server keeps MODEL_TIMEOUT
+SILENCE = 60  # seconds that a quick server may say nothing
+ROUNDS = 4  # model calls in one turn
+LIMIT = 2048  # tokens of an answer, if the server has to be told
+PERMANENT = (ContextOverflow, ValueError, LookupError, TypeError, AttributeError)
 
 
-class Probe:
-    """The configured server, and what came of asking it so far."""
+class Recorder:
+    """Takes the place of functions of the section, and notes what passes through."""
 
-    def __init__(self, agent: object, window: int) -> None:
-        self.agent, self.window = agent, window
-        self.client, self.seconds = agent.client, agent.client.timeout.read
-        chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
-        agent.client = SimpleNamespace(base_url=self.client.base_url, chat=chat)
-        self.replies: list[list] = []  # the chunks of each
-        self.failures: list[str] = []
-        self.models: list[dict] = []
-        self.lines: dict[str, str] = {}  # for .env
-        self.near = ""  # a model with a name like that of one that is not listed
-        self.refusal = ""  # why a setting had to be changed in this check
-        self.sent = self.counted = (
-            0  # tokens: of all requests, of the last by the server's count
-        )
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # how long an answer may take
+        self.requests = 0
+        self.tokens_sent = 0
+        self.events: list[dict] = []  # of the last reply
+        self.is_stream = False  # whether these came as a stream
+        self.pieces: list[dict] = []  # of tool calls, in the last reply
+        self.replies: list[tuple] = []  # each with the pieces of its tool calls
+        self.keep_alives = 0
+        SECTION.call_model = self.call_model
+        SECTION.read_events = self.read_events
+        SECTION.read_lines = self.read_lines
+        SECTION.merge_tool_call_delta = self.merge_tool_call_delta
 
-    def create(self, stream: bool, extra_body: dict, **more: object) -> object:
-        """What the sections call of the SDK's client; the reply is kept."""
-        chunks: list = []
-        self.replies.append(chunks)
-        self.sent += S03.estimate(extra_body)
-        create = self.client.chat.completions.create
-        reply = create(stream=stream, extra_body=extra_body, **more)
-        if stream:
-            return Reply(reply, reply.response, chunks, self.seconds)
-        chunks.append(reply)
+    def call_model(self, agent: object) -> object:
+        messages = SECTION.request_messages(agent)
+        self.requests += 1
+        self.tokens_sent += estimate_tokens([agent.tools, messages])
+        self.events = []
+        self.is_stream = False
+        self.pieces = []
+        reply = call_model(agent)
+        self.replies.append((reply, self.pieces))
         return reply
 
-    def allow_silence(self, seconds: float) -> None:
-        self.client = self.client.with_options(
-            timeout=openai.Timeout(seconds, connect=10)
-        )
+    def read_events(self, response: openai.APIResponse) -> Iterator[dict]:
+        deadline = time.monotonic() + self.seconds
+        for event in read_events(response):
+            self.events.append(event)
+            yield event
+            if time.monotonic() > deadline:
+                late = TimeoutError(f"the answer still came after {self.seconds:g} s")
+                raise openai.APITimeoutError(response.http_request) from late
 
-    def ask(
-        self, messages: list[dict], section: ModuleType = S01, tools: list = ()
-    ) -> tuple:
-        """The message and finish_reason that a section's call_model makes of a conversation."""
+    def read_lines(self, response: openai.APIResponse) -> Iterator[bytes]:
+        self.is_stream = True
+        for line in read_lines(response):
+            if line.startswith((b":", b"id:", b"event:", b"retry:")):
+                self.keep_alives += 1
+            yield line
 
-        def call() -> tuple[dict, str]:
-            agent = replace(self.agent, messages=messages, tools=tools)
-            reply = section.call_model(agent)
-            self.counted = getattr(agent, "used", 0)
+    def merge_tool_call_delta(self, reply: object, piece: dict, position: int) -> None:
+        if not self.is_stream:
+            piece = {"index": position} | piece  # only a stream needs it
+        self.pieces.append(piece)
+        merge_tool_call_delta(reply, piece, position)
+
+
+class Probe(Recorder):
+    """The configured server, and what came of asking it so far."""
+
+    def __init__(self, agent: object, window: int, with_context: bool) -> None:
+        super().__init__(agent.client.timeout)
+        self.agent = agent
+        self.window = window  # in tokens, as CONTEXT_TOKENS says
+        self.real_window = window  # or less, if anything so far speaks for it
+        self.stated_window = 0  # in the server's list of models
+        self.with_context = with_context
+        self.similar_model = ""  # if MODEL_ID is not listed
+        self.session = None  # of the last turn
+        self.failures: list[str] = []  # of requests that were made again
+        self.refusal = ""  # why this check had to change the options
+        self.env_lines: dict[str, str] = {}
+        self.options_help = False  # whether the changed options belong into .env
+
+    def conversation(
+        self, messages: list[dict], tools: list[dict] = (), system: str = ""
+    ) -> object:
+        """An agent in a new session that holds some messages."""
+        session = self.agent.store.create("check")
+        session.replace_all(messages, "check")
+        return replace(self.agent, messages=session, tools=tools, system=system)
+
+    def ask(self, question: str, tools: list[dict] = (), system: str = "") -> object:
+        """The reply to a question."""
+
+        def call() -> object:
+            agent = self.conversation([user(question)], tools, system)
+            reply = ask_model(agent, [])
+            if reply.tool_calls and not tools and not reply.message["content"]:
+                raise openai.OpenAIError(NOTES["tool_calls"])
             return reply
 
-        return self.insist(call)
+        return self.with_retries(call)
 
-    def turn(self, text: str) -> tuple[str, list[dict]]:
-        """A turn of section 2 with its tools; the answer, and all messages."""
-        messages = [user(text)]
-        answer = self.insist(
-            lambda: S02.agent_turn(replace(self.agent, messages=messages))
-        )
-        return answer, messages
+    def turn(self, question: str) -> str:
+        """The answer to a question, with the section's tools. Keeps the session."""
 
-    def insist(self, call: Callable) -> object:
-        """The outcome of a call, made again after what may be chance, or with a better setting."""
+        def call() -> str:
+            agent = self.conversation([user(question)], TOOLS)
+            self.session = agent.messages
+            return agent_turn(agent)
+
+        return self.with_retries(call)
+
+    def run_tool(self, call: dict) -> str:
+        """The result of a tool call."""
+        return SECTION.run_tool(self.conversation([]), call)
+
+    def with_retries(self, call: Callable) -> object:
+        """The outcome of a call, made again with other options or after bad luck."""
         while True:
             try:
                 return call()
-            except FAILURES as error:
-                change = {} if self.refusal else remedy(self.agent.settings, error)
-                if change:
-                    self.refusal = S02.explain(error)
-                    self.change(change)
-                    continue
-                used_up = len(self.failures) >= RETRIES
-                if used_up or not is_chance(error) or self.is_lasting(error):
+            except Exception as error:  # a turn may fail in any way
+                if not self.change_options(error) and not self.may_retry(error):
                     raise
-                self.failures.append(short(error))
-                time.sleep(PAUSE)
+
+    def change_options(self, error: Exception) -> bool:
+        """Change the options as an error asks for. Once in a check."""
+        options = better_options(self, error)
+        if self.refusal or options == self.agent.options:
+            return False
+        self.refusal = explain(error)
+        self.agent.options = options
+        return True
+
+    def may_retry(self, error: Exception) -> bool:
+        """Whether the same request may succeed now. Waits a little before."""
+        used_up = len(self.failures) >= RETRIES
+        if used_up or not is_temporary(error) or self.is_lasting(error):
+            return False
+        self.failures.append(short_reason(error))
+        time.sleep(PAUSE)
+        return True
 
     def is_lasting(self, error: Exception) -> bool:
-        """Whether it has failed in the same way before: as often as no chance would have it."""
-        times = 1 if isinstance(error, openai.APITimeoutError) else 2
-        return self.failures[-times:] == [short(error)] * times
+        """Whether the last requests, too, have failed in the same way."""
+        reason = short_reason(error)
+        times = 1 if "time" in reason.lower() else 2  # silence is slow to find out
+        return self.failures[-times:] == [reason] * times
 
-    def change(self, change: dict) -> None:
-        """Go on with other settings; one that is None goes."""
-        gone = [key for key, value in change.items() if value is None]
-        settings = self.agent.settings | change
-        self.agent.settings = {
-            key: settings[key] for key in settings if key not in gone
-        }
+    def allow_silence(self, seconds: float) -> None:
+        self.agent.client = self.agent.client.with_options(timeout=seconds)
 
-    def keep_settings(self) -> None:
-        """Put the settings that helped among the lines for .env."""
-        options = {
-            key: value for key, value in self.agent.settings.items() if key != "model"
-        }
-        if options["stream"] is True:
-            del options["stream"]
-        self.lines["MODEL_OPTIONS"] = f"'{json.dumps(options)}'"
+    def lower_window(self, tokens: int) -> None:
+        """Believe in a window of so many tokens, if that is less than so far."""
+        self.real_window = min(self.real_window, tokens)
 
 
 def user(text: str) -> dict:
@@ -236,150 +245,219 @@ def user(text: str) -> dict:
 
 
 def quote(text: str, size: int = 60) -> str:
-    return repr(text if len(text) <= size else f"{text[:size]}...")
+    if len(text) > size:
+        text = f"{text[:size]}..."
+    return repr(text)
 
 
-def short(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """A failure in a word or two."""
-    if status := getattr(error, "status_code", None):
+    status = getattr(error, "status_code", None)
+    if status:
         return f"HTTP {status}"
-    return S02.explain(error).partition(" - ")[0].partition(": ")[0].rstrip(".")
+    if isinstance(error, openai.OpenAIError):
+        return re.split("[.:{]", str(error))[0].strip()
+    return type(error).__name__
 
 
-def is_chance(error: Exception) -> bool:
+def is_temporary(error: Exception) -> bool:
     """Whether the same request may well succeed a little later."""
-    told = f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
-    if "quota" in told or "billing" in told:
+    kind = f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
+    if "quota" in kind or "billing" in kind:
         return False
-    if status := getattr(error, "status_code", None):
+    status = getattr(error, "status_code", None)
+    if status:
         return status in (408, 409, 425, 429) or status >= 500
-    return not isinstance(error, ValueError)
+    return not isinstance(error, PERMANENT)
 
 
-def remedy(settings: dict, error: Exception) -> dict:
-    """The change of settings that an error asks for, as MODEL_OPTIONS would make it."""
-    status, told = (
-        getattr(error, "status_code", None),
-        f"{error} {getattr(error, 'body', '')}",
-    )
-    if S02.NOTES["length"] in told:  # before the answer had begun
-        return more_room(settings)
-    if settings["stream"] and "no stream" in told and '"choices"' in told:
-        return {"stream": False}
-    if status not in (400, 422) or S03.is_overflow(error):
-        return {}
-    if settings["stream"] and re.search(r"\bstream(ing|_options)?\b", told):
-        return {"stream": False}
-    if "reasoning_effort" in told and settings.get("reasoning_effort") != "none":
-        return {"reasoning_effort": "none"}
-    if "max_completion_tokens" in told and "max_tokens" in settings:
-        return {"max_completion_tokens": settings["max_tokens"], "max_tokens": None}
-    options = settings.keys() - {"model", "stream"}
-    return {key: None for key in options if re.search(rf"\b{re.escape(key)}\b", told)}
+def better_options(probe: Probe, error: Exception) -> dict:
+    """The options that an error asks for: the present ones if it asks for none."""
+    options = dict(probe.agent.options)
+    text = f"{error} {getattr(error, 'body', '')}"
+    if NOTES["length"] in text:  # before the answer had begun
+        return with_limit(probe)
+    if getattr(error, "status_code", None) not in (400, 422):
+        return options
+    if options["stream"] and re.search(r"\bstream(ing|_options)?\b", text):
+        return without_stream(options)
+    if "reasoning_effort" in text and options.get("reasoning_effort") != "none":
+        return options | {"reasoning_effort": "none"}
+    if "max_completion_tokens" in text and "max_tokens" in options:
+        options["max_completion_tokens"] = options.pop("max_tokens")
+        return options
+    for name in options.keys() - {"model", "stream"}:
+        if re.search(rf"\b{re.escape(name)}\b", text):
+            del options[name]
+    return options
 
 
-def more_room(settings: dict) -> dict:
-    """The change of settings that allows for a long answer."""
-    name = (
-        "max_completion_tokens" if "max_completion_tokens" in settings else "max_tokens"
-    )
-    return {name: LIMIT}
+def without_stream(options: dict) -> dict:
+    """The options of a request for an answer in one piece."""
+    options = options | {"stream": False}
+    options.pop("stream_options", None)
+    return options
+
+
+def with_limit(probe: Probe) -> dict:
+    """The options that allow for a long answer and leave the window room for more."""
+    options = probe.agent.options
+    name = "max_tokens"
+    if "max_completion_tokens" in options:
+        name = "max_completion_tokens"
+    limit = min(LIMIT, probe.real_window // 4)
+    return options | {name: max(limit, options.get(name) or 0)}
 
 
 # --- checks ---
 
+WORD = "tamarind"
+FILES = {
+    "note.txt": f"The code word is {WORD}.",
+    "one.txt": "red apple",
+    "two.txt": "blue plum",
+}
+CALL_AS_TEXT = re.compile(
+    r'<tool_call|<function|"(?:name|function|tool)"\s*:|\bread_file\s*\('
+)
+Result = tuple[str, str]  # ok or one of MARKS, and a text
 
-def check_reachable(probe: Probe) -> Found:
-    """Whether something that serves models answers at the address, and takes the key."""
-    url, name = str(probe.client.base_url), probe.agent.settings["model"]
+
+def check_reachable(probe: Probe) -> Result:
+    """Whether something that serves models is there, and takes the key."""
+    client = probe.agent.client
+    url = str(client.base_url)
     try:
-        probe.models = list_models(probe.client)
+        models = list_models(client)
     except (openai.APIConnectionError, openai.AuthenticationError) as error:
-        return "no", S02.explain(error)
+        return "no", explain(error)
     except (openai.APIStatusError, ValueError):
         better = url.rstrip("/") + "/v1"
         with suppress(openai.OpenAIError, ValueError):
-            list_models(probe.client.with_options(base_url=better))
-            probe.lines["OPENAI_BASE_URL"] = better
+            list_models(client.with_options(base_url=better))
+            probe.env_lines["OPENAI_BASE_URL"] = better
             return "no", f"no models at {url}, but at {better}"
         return "ok", f"{url} answers; it lists no models"
-    names = [str(model.get("id")) for model in probe.models]
-    if not names or name in names:
-        return "ok", url
-    near = difflib.get_close_matches(str(name), names, 3, 0.4)
-    probe.near, near = "".join(near[:1]), near or names[:3]
-    return "ok", f"{url}; it does not list {name}, but {', '.join(near)}"
+    return "ok", url + look_for_model(probe, models)
 
 
 def list_models(client: openai.OpenAI) -> list[dict]:
-    """What a server says of its models. Raises APIError, or ValueError for what is no list."""
-    listing = json.loads(
-        client.with_options(timeout=15).models.with_raw_response.list().text
-    )
-    models = listing.get("data") if isinstance(listing, dict) else None
-    if not isinstance(models, list):
-        raise ValueError("no list of models")
-    return [model for model in models if isinstance(model, dict)]
+    """The models of a server. Raises APIError, or ValueError for what is no list."""
+    request = client.with_options(timeout=15).models.with_raw_response
+    match json.loads(request.list().text):
+        case {"data": list(models)}:
+            return models
+    raise ValueError("no list of models")
 
 
-def check_plain(probe: Probe) -> Found:
-    """Whether an answer comes; after a quick one, silence is a fault earlier."""
+WINDOW_FIELDS = (
+    "loaded_context_length",  # LM Studio
+    "max_model_len",  # vLLM
+    "context_length",  # OpenRouter
+    "context_window",
+    "n_ctx",  # llama.cpp, below `meta`
+)
+
+
+def window_in(model: dict) -> int:
+    """The window that an entry in a list of models states; 0 if it does not."""
+    meta = model.get("meta")
+    if isinstance(meta, dict):
+        model = meta | model
+    for name in WINDOW_FIELDS:
+        value = model.get(name)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def look_for_model(probe: Probe, models: list[dict]) -> str:
+    """Note the stated window of the model. What to say if the model is not listed."""
+    wanted = probe.agent.options["model"]
+    names = []
+    for model in models:
+        names.append(str(model.get("id")))
+        if wanted == names[-1] or len(models) == 1:  # llama.cpp takes any name
+            probe.stated_window = window_in(model)
+            probe.lower_window(probe.stated_window or probe.window)
+    if not names or wanted in names:
+        return ""
+    similar = difflib.get_close_matches(str(wanted), names, 3, 0.4)
+    probe.similar_model = "".join(similar[:1])
+    return f"; it does not list {wanted}, but {', '.join(similar or names[:3])}"
+
+
+def check_plain(probe: Probe) -> Result:
+    """Whether an answer comes. After a quick one, long silence is a fault."""
     start = time.monotonic()
-    message, _ = probe.ask([user("What is 2 + 2? Answer with the number alone.")])
+    reply = probe.ask("What is 2 + 2? Answer with the number alone.")
     if time.monotonic() - start < QUICK:
         probe.allow_silence(min(SILENCE, probe.seconds))
-    text = message["content"].strip()
+    text = reply.message["content"]
     if "think>" in text:
         return "but", f"its thoughts (<think>) stand in its answers: {quote(text)}"
+    if "think>" in json.dumps(probe.events):
+        return "copes", f"its thoughts (<think>) are left out of: {quote(text)}"
+    if any(reply.reasoning):
+        return "ok", f"an answer came, its thoughts apart: {quote(text)}"
     return "ok", f"an answer came: {quote(text)}"
 
 
-def check_long(probe: Probe) -> Found:
-    """Whether an answer of some length streams and comes whole, or has to be allowed for."""
-    question = [user("Count to 60, in digits, with blanks between, and nothing else.")]
-    message, finish_reason = probe.ask(question)
-    if finish_reason == "length":
-        try_more_room(probe, question)
-        return (
-            "but",
-            f"answers are cut, this one after {len(message['content'])} characters",
-        )
-    whole = re.search(r"\b60\W*$", message["content"])
-    text = "60 numbers came whole" if whole else "it ended by itself before 60"
-    if not probe.agent.settings["stream"]:
-        return "ok", f"{text}, at once: streaming is off"
-    return "ok", f"{text}, in {len(probe.replies[-1])} chunks"
+def check_long(probe: Probe) -> Result:
+    """Whether an answer of some length comes whole, and as a stream."""
+    question = "Count to 60, in digits, with blanks between, and nothing else."
+    reply = probe.ask(question)
+    text = reply.message["content"]
+    if reply.finish_reason == "length":
+        allow_longer_answers(probe, question)
+        return "but", f"answers are cut, this one after {len(text)} characters"
+    found = "it ended by itself before 60"
+    if re.search(r"\b60\W*$", text):
+        found = "60 numbers came whole"
+    if not probe.agent.options["stream"]:
+        return "ok", f"{found}, at once: streaming is off"
+    if not probe.is_stream:
+        probe.agent.options = without_stream(probe.agent.options)
+        probe.options_help = True
+        return "but", f"{found}, at once: the server does not stream"
+    return "ok", f"{found}, in {len(probe.events)} chunks"
 
 
-def try_more_room(probe: Probe, question: list[dict]) -> None:
-    """Go on with room for long answers, if the same question is then answered whole."""
-    before = probe.agent.settings
-    probe.change(more_room(before))
-    with suppress(*FAILURES):
-        if probe.ask(question)[1] != "length":
-            probe.keep_settings()
-            return
-    probe.agent.settings = before
+def allow_longer_answers(probe: Probe, question: str) -> None:
+    """Change the limit of answers, if the same question is then answered whole."""
+    before = probe.agent.options
+    probe.agent.options = with_limit(probe)
+    with suppress(Exception):  # the old options may still do
+        probe.options_help = probe.ask(question).finish_reason != "length"
+    if not probe.options_help:
+        probe.agent.options = before
 
 
-def check_tool(probe: Probe) -> Found:
-    """One tool call of section 2, and what becomes of its result."""
-    answer, messages = probe.turn("Which code word does this file hold?\nread note.txt")
-    results = [message["content"] for message in messages if message["role"] == "tool"]
+def check_offered_tools(probe: Probe) -> Result:
+    """Whether the server takes requests that offer tools, as all do from s02 on."""
+    probe.ask("What is 3 + 3? Answer with the number alone.", TOOLS)
+    return "ok", "it takes requests that offer tools"
+
+
+def check_tool(probe: Probe) -> Result:
+    """Whether the model calls a tool, and what becomes of the result."""
+    question = "Which code word does this file hold?\nread note.txt"
+    answer = probe.turn(question)
+    results = [each["content"] for each in probe.session if each["role"] == "tool"]
     if not results:
-        return "no", no_call(answer)
-    if not any(WORD in result for result in results):
+        return "no", describe_missing_call(answer)
+    if WORD not in "".join(results):
         return "no", f"its calls did not work: {quote(results[0], 100)}"
-    if S02.NOTES["rounds"] in answer:
+    if NOTES["rounds"] in answer:
         return "no", f"went on calling after {ROUNDS} rounds"
     if WORD in answer.lower():
         return "ok", "called read_file, and used its result"
-    if S02.NOTES["length"] in answer:
+    if NOTES["length"] in answer:
         return "but", "its answer to a tool's result was cut"
     return "but", f"it does not use a tool's result: {quote(answer)}"
 
 
-def no_call(text: str) -> str:
+def describe_missing_call(text: str) -> str:
     """What to say of a text that came in place of a tool call."""
     if CALL_AS_TEXT.search(text):
         advice = "llama.cpp wants --jinja, vLLM --tool-call-parser"
@@ -387,374 +465,492 @@ def no_call(text: str) -> str:
     return f"answered with text in place of a call: {quote(text)}"
 
 
-def check_parallel(probe: Probe) -> Found:
-    """Two calls at once; one after the other does as well."""
-    question = (
-        "What do these two files say? Read both at once.\nread one.txt and two.txt"
-    )
-    answer, messages = probe.turn(question)
-    calls = [
-        len(message["tool_calls"]) for message in messages if message.get("tool_calls")
-    ]
+def check_parallel(probe: Probe) -> Result:
+    """Two calls at once. One after the other does as well."""
+    question = "What do these files say? Read both at once.\nread one.txt and two.txt"
+    answer = probe.turn(question)
+    calls = probe.session.messages[1].get("tool_calls", [])
     if not calls:
-        return "but", no_call(answer)
+        return "but", describe_missing_call(answer)
     if "apple" not in answer.lower() or "plum" not in answer.lower():
         return "but", f"of two files it did not tell both: {quote(answer)}"
-    return "ok", "two calls at once" if calls[0] > 1 else "one call at a time"
+    if len(calls) > 1:
+        return "ok", "two calls at once"
+    return "ok", "one call at a time"
 
 
-def check_number(probe: Probe) -> Found:
-    """A number as an argument; section 2 returns a call in which it is a text."""
-    message, _ = probe.ask([user("Read line 1 of one.txt alone.")], S02, S02.TOOLS)
-    if not message.get("tool_calls"):
-        return "but", no_call(message["content"])
-    arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])
-    values = [
-        arguments[key] for key in ("offset", "limit", "timeout") if key in arguments
-    ]
-    wrong = [value for value in values if type(value) is not int]
-    if wrong:
-        return "but", f"an argument that is a number came as {repr(wrong[0])[:60]}"
-    return "ok", "it came as a number" if values else "none came, and none has to"
+def check_number(probe: Probe) -> Result:
+    """A number as an argument. Section 2 makes "5" the number 5."""
+    reply = probe.ask("Read line 1 of one.txt alone.", TOOLS)
+    if not reply.tool_calls:
+        return "but", describe_missing_call(reply.message["content"])
+    arguments = json.loads(reply.tool_calls[0]["function"]["arguments"])
+    numbers = arguments.keys() & {"offset", "limit", "timeout"}
+    for name in numbers:
+        if type(arguments[name]) is not int:
+            result = probe.run_tool(reply.tool_calls[0])
+            mark = "but" if result.startswith("error") else "copes"
+            return mark, f"{name}, a number, came as {quote(repr(arguments[name]))}"
+    return "ok", "it came as a number" if numbers else "none came, and none has to"
 
 
-def check_nested(probe: Probe) -> Found:
-    """Arguments of all kinds, as tools of your own may have them; no section needs more."""
-    text = "Book a table outside for 4 guests in Ada's name. Her wishes: a quiet place, a window."
-    message, _ = probe.ask([user(text)], S02, [{"type": "function", "function": BOOK}])
-    if not message.get("tool_calls"):
-        return "unclear", f"no section needs them; {no_call(message['content'])}"
-    arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])
-    wrong = [key for key, kind in TYPES.items() if type(arguments.get(key)) is not kind]
-    if wrong:
-        told = f"missing, or of another type: {', '.join(wrong)}"
-        return "but", f"no section needs them; {told}"
+def book_table(
+    agent: object, guests: int, outside: bool, guest: dict, wishes: list[str]
+) -> str:
+    """Book a table."""
+    return "booked"
+
+
+def check_nested(probe: Probe) -> Result:
+    """Arguments of all kinds, as a tool of your own may have them."""
+    SECTION.tool(book_table)
+    question = (
+        "Book a table outside for 4 guests in Ada's name. Her wishes: a quiet place,"
+        " a window."
+    )
+    reply = probe.ask(question, [TOOLS.pop()])
+    if not reply.tool_calls:
+        text = describe_missing_call(reply.message["content"])
+        return "unclear", f"no section needs them; {text}"
+    result = probe.run_tool(reply.tool_calls[0])
+    if result != "booked":
+        reason = textwrap.shorten(result, 150, placeholder="...")
+        return "but", f"no section needs them; {reason}"
     return "ok", "a number, a truth value, an object and a list came as such"
 
 
-def check_summary(probe: Probe) -> Found:
+def check_summary(probe: Probe) -> Result:
     """A summary as section 3 asks for it, and the server's count of tokens."""
-    talk = "user: my cat is Miso\nassistant: Noted.\nuser: my dog is Rex\nassistant: Noted."
-    message, finish_reason = probe.ask([user(f"{S03.SUMMARIZE}\n\n{talk}")], S03)
-    text = message["content"]
-    if finish_reason == "length":
+    talk = (
+        "user: my cat is Miso\nassistant: Noted.\n"
+        "user: my dog is Rex\nassistant: Noted."
+    )
+    reply = probe.ask(f"{SECTION.SUMMARIZE}\n\n{talk}")
+    text = reply.message["content"]
+    if reply.finish_reason == "length":
         return "but", "its summary was cut"
     if "miso" not in text.lower() or "rex" not in text.lower():
         return "but", f"its summary leaves out what counts: {quote(text)}"
-    if not probe.counted:
+    counted = counted_tokens(reply)
+    if not counted:
         return "ok", "names are kept; the server counts no tokens: section 3 estimates"
-    return "ok", f"names are kept; the server counted {probe.counted:,} tokens"
+    return "ok", f"names are kept; the server counted {counted:,} tokens"
 
 
-def check_context(probe: Probe) -> Found:
-    """What the server itself says about the model's window."""
-    name, wanted = probe.agent.settings["model"], f"CONTEXT_TOKENS is {probe.window:,}"
-    model = next((model for model in probe.models if model.get("id") == name), {})
-    meta = model.get("meta")
-    values = [model.get(key) for key in WINDOW_FIELDS]
-    values.append(meta.get("n_ctx") if isinstance(meta, dict) else None)
-    said = next((value for value in values if type(value) is int and value > 0), 0)
-    if not said:
+def counted_tokens(reply: object) -> int:
+    """How many tokens the server has counted in a request; 0 if it does not tell."""
+    match reply.usage:
+        case {"prompt_tokens": int(counted)}:
+            return counted
+    return 0
+
+
+def check_context(probe: Probe) -> Result:
+    """What the server says about the model's window, or with --context what is true."""
+    if probe.with_context:
+        return try_full_window(probe)
+    wanted = f"CONTEXT_TOKENS is {probe.window:,}"
+    if not probe.stated_window:
         return "but", f"{wanted}, and the server does not say: --context finds out"
-    if said < probe.window:
-        probe.lines["CONTEXT_TOKENS"] = str(said)
-        return "but", f"{wanted}, and the server says {said:,}"
-    return "ok", f"{wanted}, the server says {said:,}"
+    mark = "but" if probe.stated_window < probe.window else "ok"
+    return mark, f"{wanted}, and the server says {probe.stated_window:,}"
 
 
-def probe_context(probe: Probe) -> Found:
-    """A conversation as long as section 3 lets it become; its first words are asked for."""
+def try_full_window(probe: Probe) -> Result:
+    """Send a conversation as long as section 3 lets it become."""
     talk = long_talk(probe.window)
-    estimate = S03.estimate(talk)
-    size = f"a conversation of about {estimate:,} tokens"
+    size = f"a conversation of about {estimate_tokens(talk):,} tokens"
     probe.allow_silence(probe.seconds)
+    agent = probe.conversation(talk)
+    agent.guard = ContextGuard(probe.window)
     try:
-        message, _ = probe.ask(talk, S03)
-    except openai.OpenAIError as error:
-        if not S03.is_overflow(error):
-            raise
-        numbers = re.findall(r"\d[\d,]{2,}", f"{error} {getattr(error, 'body', '')}")
-        sizes = [int(number.replace(",", "")) for number in numbers]
-        if sizes := [size for size in sizes if 500 < size < probe.window]:
-            probe.lines["CONTEXT_TOKENS"] = str(min(sizes))
-        return "copes", f"{size} is refused, and section 3 then makes room"
-    if WORD in message["content"].lower():
-        return "ok", f"{size} came through whole"
-    if not probe.counted or probe.counted > estimate // 2:
-        mark = (
-            "but" if probe.counted > estimate * 0.9 else "unclear"
-        )  # it has counted them
-        return (
-            mark,
-            f"asked for the first words of {size}, it said {quote(message['content'])}",
-        )
-    probe.lines["CONTEXT_TOKENS"] = str(probe.counted)
-    return "no", f"of {size}, the server silently dropped all but {probe.counted:,}"
+        reply = probe.with_retries(partial(attempt_long_talk, probe, agent))
+    except ContextOverflow:
+        windows = list(agent.messages.windows.values())  # none, or the stated one
+        probe.lower_window(min(windows, default=probe.window))
+        stated = f", for a window of {windows[0]:,} tokens" if windows else ""
+        return "copes", f"{size} is refused{stated}: section 3 makes room"
+    except openai.BadRequestError as error:
+        return "no", f"{size} fails, not as an overflow: {explain(error)}"
+    if not reply:
+        advice = "CONTEXT_TOKENS must not be more than the server's real window"
+        return "no", f"overflow is not reported: {size} gets no answer; {advice}"
+    return judge_memory(probe, reply, estimate_tokens(talk), size)
 
 
 def long_talk(window: int) -> list[dict]:
     """Messages that fill what section 3 fills of a window, a code word first."""
     filler = "The rain came down on the hills, and the river rose a little. "
-    part, noted = (
-        user(filler * (window // 250)),
-        {"role": "assistant", "content": "Noted."},
-    )
+    part = user(filler * (window // 250))
+    noted = {"role": "assistant", "content": "Noted."}
     talk = [user(f"My code word is {WORD}."), noted]
-    while S03.estimate([*talk, part]) < window * 0.88:
+    while estimate_tokens([*talk, part]) < window * 0.88:
         talk += [part, noted]
     return [*talk, user("What is my code word?")]
 
 
-def check_system(probe: Probe) -> Found:
+def attempt_long_talk(probe: Probe, agent: object) -> object | None:
+    """The reply to a long conversation. None if it is empty, and no error is reported.
+
+    That is how llama-cpp-python and LM Studio answer when the window is full.
+    """
+    pieces = []
+    agent.show = lambda text, *_: pieces.append(text)
+    try:
+        reply = agent.guard.attempt(agent)
+    except openai.OpenAIError as error:
+        if is_unusable(probe, error) and not any(pieces):
+            return None
+        raise
+    return reply if any(pieces) else None
+
+
+def judge_memory(probe: Probe, reply: object, estimate: int, size: str) -> Result:
+    """Whether the model still knows the first words of a long conversation."""
+    text = reply.message["content"]
+    counted = counted_tokens(reply)
+    if WORD in text.lower():
+        return "ok", f"{size} came through whole"
+    if 0 < counted <= estimate // 2:
+        probe.lower_window(counted)
+        dropped = f"of {size}, the server silently dropped all but {counted:,}"
+        return "no", f"overflow is not reported: {dropped}"
+    mark = "unclear"
+    if counted > estimate * 0.9:  # the server has read it all
+        mark = "but"
+    return mark, f"asked for the first words of {size}, it said {quote(text)}"
+
+
+def check_system(probe: Probe) -> Result:
     """Whether the server takes a system prompt, which section 6 always sends."""
-    prompt = (
-        "You are Luna, an assistant. When you are asked who you are, say your name."
-    )
-    message, _ = probe.ask(
-        [{"role": "system", "content": prompt}, user("Who are you?")]
-    )
-    if "luna" not in message["content"].lower():
-        return "but", f"it ignores its system prompt: {quote(message['content'])}"
+    prompt = "You are Luna, an assistant. When asked who you are, say your name."
+    text = probe.ask("Who are you?", system=prompt).message["content"]
+    if "luna" not in text.lower():
+        return "but", f"it ignores its system prompt: {quote(text)}"
     return "ok", "it does as its system prompt says"
 
 
-def check_embeddings(probe: Probe) -> Found:
+def check_embeddings(probe: Probe) -> Result:
     """The vectors of section 6, in the time that it grants."""
     model = os.getenv("EMBEDDING_MODEL", "").strip()
     if not model:
         unset = "EMBEDDING_MODEL is not set"
         return "ok", f"{unset}: section 6 compares pieces of three letters instead"
-    create = probe.client.with_options(timeout=10).embeddings.create
+    embeddings = probe.agent.client.with_options(timeout=10).embeddings
+    texts = ["cat", "dog"]
     try:
-        reply = create(input=["cat", "dog"], model=model, encoding_format="float")
-        sizes = [len(each.embedding) for each in reply.data]
-        return "ok", f"vectors of {sizes[0]} numbers"
-    except (
-        openai.OpenAIError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        if not is_chance(error):
-            probe.lines["EMBEDDING_MODEL"] = ""
-        told = S02.explain(error).replace("check MODEL_ID", "check EMBEDDING_MODEL")
-        return "but", f"memory search goes by words alone: {told}"
+        reply = embeddings.create(input=texts, model=model, encoding_format="float")
+        return "ok", f"vectors of {len(reply.data[0].embedding)} numbers"
+    except Exception as error:  # the SDK does not check what the server sends
+        if not is_temporary(error):
+            probe.env_lines["EMBEDDING_MODEL"] = ""
+        reason = explain(error).replace("MODEL_ID", "EMBEDDING_MODEL")
+    advice = "llama.cpp wants --embeddings and --pooling mean"
+    return "but", f"memory search goes by words alone ({advice}): {reason}"
 
 
-def check_lanes(probe: Probe) -> Found:
+def check_lanes(probe: Probe) -> Result:
     """Two requests at the same time, as section 10 makes them."""
-    failed: list[str] = []
+    failures: list[str] = []
 
-    def ask(text: str) -> None:
+    def ask(agent: object) -> None:
         try:
-            S01.call_model(replace(probe.agent, messages=[user(text)]))
-        except FAILURES as error:
-            failed.append(short(error))
+            ask_model(agent, [])
+        except Exception as error:  # a turn may fail in any way
+            failures.append(short_reason(error))
 
-    other = threading.Thread(target=ask, args=["What is 1 + 1?"], daemon=True)
-    other.start()
-    ask("What is 2 + 1?")
-    other.join()
-    if failed:
-        mark, count = ("but", "one") if len(failed) == 1 else ("unclear", "both")
-        return mark, f"of two requests at once {count} failed: {failed[0]}"
-    return "ok", "both were answered"
-
-
-def check_oddities(probe: Probe) -> Found:
-    """What was odd in the tool calls, though section 2 copes; no request of its own."""
-    streamed = bool(probe.agent.settings["stream"])
-    found = {
-        oddity for chunks in probe.replies for oddity in oddities(chunks, streamed)
-    }
-    return (
-        ("copes", "; ".join(sorted(found))) if found else ("ok", "no tool call was odd")
-    )
+    first = probe.conversation([user("What is 2 + 1?")])
+    second = probe.conversation([user("What is 1 + 1?")])
+    thread = threading.Thread(target=ask, args=[second], daemon=True)
+    thread.start()
+    ask(first)
+    thread.join()
+    if not failures:
+        return "ok", "both were answered"
+    if len(failures) == 1:
+        return "but", f"of two requests at once one failed: {failures[0]}"
+    return "unclear", f"of two requests at once both failed: {failures[0]}"
 
 
-def oddities(chunks: list, streamed: bool) -> list[str]:
-    """What of a reply with tool calls is not as the API documents it."""
-    calls, indexes, values, finishes = [], set(), [], set()
-    for choice in [
-        each for chunk in chunks for each in getattr(chunk, "choices", None) or []
-    ]:
-        finishes.add(getattr(choice, "finish_reason", None) or "tool_calls")
-        delta = getattr(choice, "delta" if streamed else "message", None)
-        for position, piece in enumerate(getattr(delta, "tool_calls", None) or []):
-            S02.add_piece(calls, piece, position)
-            indexes.add(getattr(piece, "index", None))
-            values.append(getattr(getattr(piece, "function", None), "arguments", None))
-    ids = [call["id"] for call in calls if call["id"]]
-    texts = [call["text"] for call in calls if call["text"].strip() not in ("", "null")]
-    odd = {
-        "finish_reason is not tool_calls": finishes != {"tool_calls"},
-        "calls without an id": len(ids) < len(calls),
-        "one id for two calls": len(set(ids)) < len(ids),
-        "calls without an index": streamed and None in indexes,
-        "one index for two calls": streamed and len(indexes) < len(calls),
-        "arguments as an object": any(isinstance(value, dict) for value in values),
-        "arguments that are no JSON": not all(map(S02.is_object, texts)),
-    }
-    return [text for text, is_so in odd.items() if calls and is_so]
+def check_oddities(probe: Probe) -> Result:
+    """What was odd in the answers, though the sections cope. Sends no request."""
+    found = set()
+    for reply, pieces in probe.replies:
+        if reply.tool_calls:
+            found.update(odd_calls(reply, pieces))
+    if probe.keep_alives:
+        found.add("lines that only keep the connection open")
+    if found:
+        return "copes", "; ".join(sorted(found))
+    return "ok", "nothing was odd"
+
+
+def odd_calls(reply: object, pieces: list[dict]) -> Iterator[str]:
+    """How the tool calls of a reply differ from what the API documents."""
+    count = len(reply.tool_calls)
+    ids = {piece.get("id") for piece in pieces} - {None, ""}
+    indexes = {piece.get("index") for piece in pieces}
+    if reply.finish_reason != "tool_calls":
+        yield "finish_reason is not tool_calls"
+    if not ids:
+        yield "calls without an id"
+    elif len(ids) < count:
+        yield "one id for two calls"
+    if None in indexes:
+        yield "calls without an index"
+    elif len(indexes) < count:
+        yield "one index for two calls"
+    if '"arguments": {' in json.dumps(pieces):
+        yield "arguments as an object"
+    if "invalid_json" in str(reply.tool_calls):
+        yield "arguments that are no JSON"
 
 
 # --- verdicts ---
 
-CHECKS = {
-    "reachable": (check_reachable, 1),  # and the section whose verdict it belongs to
-    "plain answer": (check_plain, 1),
-    "long answer": (check_long, 1),
-    "tool call": (check_tool, 2),
-    "parallel calls": (check_parallel, 2),
-    "number argument": (check_number, 2),
-    "nested arguments": (check_nested, 11),  # of no section
-    "summary": (check_summary, 3),
-    "context": (check_context, 3),
-    "system prompt": (check_system, 6),
-    "embeddings": (check_embeddings, 6),
-    "two at once": (check_lanes, 10),
-    "oddities": (check_oddities, 2),
+MARKS = {
+    "copes": "odd, but the section copes",
+    "but": "it works, and there is something to know",
+    "no": "it does not work",
+    "unclear": "this run could not tell",
+    "skipped": "not checked, as an earlier check failed",
 }
-NEEDS = dict.fromkeys(
-    ("parallel calls", "number argument", "nested arguments"), "tool call"
-)
+NO_TOOLS = "without tools: no files, commands, notes, skills"
+ODD_CALLS = "tool calls fail (see s02)"
+MENDED = "without the MODEL_OPTIONS below"
+NO_SECTION = 99
 
 
-def run_check(probe: Probe, check: Callable) -> Found:
-    """What a check finds; where it fails, what the section would show."""
-    before, probe.refusal = probe.agent.settings, ""
+@dataclass
+class Check:
+    """A row of the table, and what it means for the sections."""
+
+    name: str
+    run: Callable
+    section: int  # whose verdict it belongs to
+    needs: str = ""  # a check without which it makes no sense
+    later: str = ""  # what later sections are like if it fails; empty: they fail, too
+    mark: str = ""  # once it has run
+    text: str = ""
+
+
+CHECKS = [
+    Check("reachable", check_reachable, 1),
+    Check("plain answer", check_plain, 1),
+    Check("long answer", check_long, 1),
+    Check("offering tools", check_offered_tools, 2),
+    Check("tool call", check_tool, 2, "offering tools", NO_TOOLS),
+    Check("parallel calls", check_parallel, 2, "tool call", ODD_CALLS),
+    Check("number argument", check_number, 2, "tool call", ODD_CALLS),
+    Check("nested arguments", check_nested, NO_SECTION, "tool call"),
+    Check("summary", check_summary, 3, "", "summaries fail (see s03)"),
+    Check("context", check_context, 3, "", "long conversations go wrong (see s03)"),
+    Check("system prompt", check_system, 6),
+    Check("embeddings", check_embeddings, 6),
+    Check("two at once", check_lanes, 10),
+    Check("oddities", check_oddities, 2),
+]
+
+
+def run_check(probe: Probe, check: Check) -> Result:
+    """What a check finds. If it fails: what the section would show."""
+    before = probe.agent.options
+    probe.refusal = ""
     try:
-        found = check(probe)
-    except FAILURES as error:
-        probe.agent.settings = before
-        if isinstance(error, openai.NotFoundError) and probe.near:
-            probe.lines["MODEL_ID"] = probe.near
-        # A bare OpenAIError is the section's own: it cannot use what the server has sent.
-        useless = type(error) is openai.OpenAIError and probe.is_lasting(error)
-        told, probe.refusal = probe.refusal or S02.explain(error), ""
-        return "no" if useless or not is_chance(error) else "unclear", told
+        mark, text = check.run(probe)
+    except Exception as error:  # a turn may fail in any way
+        probe.agent.options = before
+        if isinstance(error, openai.NotFoundError) and probe.similar_model:
+            probe.env_lines["MODEL_ID"] = probe.similar_model
+        text = probe.refusal or explain(error)
+        probe.refusal = ""
+        is_final = is_unusable(probe, error) and probe.is_lasting(error)
+        if is_final or not is_temporary(error):
+            return "no", text
+        return "unclear", text
     if probe.refusal:
-        probe.keep_settings()
-        return "no", f"without the MODEL_OPTIONS below: {probe.refusal}"
-    return found
+        probe.options_help = True
+        return "no", f"{MENDED}: {probe.refusal}"
+    return mark, text
 
 
-def run_checks(probe: Probe, checks: dict[str, tuple[Callable, int]]) -> Findings:
-    """All checks, told of as they begin and end; what makes no sense after another is skipped."""
-    findings, failed = [], []
-    for name, (check, section) in checks.items():
-        S02.show(f"{name:<17}")  # before it runs: it may take long
-        needed = ("reachable", "plain answer", NEEDS.get(name))
-        causes = [cause for cause in failed if cause in needed]
-        if causes:
-            mark, text = "skipped", f"because of: {causes[0]}"
+def is_unusable(probe: Probe, error: Exception) -> bool:
+    """Whether a server has sent, without an error, what a section cannot use."""
+    reports_error = any(event.get("error") for event in probe.events)
+    return type(error) is openai.OpenAIError and not reports_error
+
+
+def run_checks(probe: Probe) -> list[Check]:
+    """Run all checks, and show each as it begins and ends."""
+    done: list[Check] = []
+    for check in CHECKS:
+        show(f"{check.name:<17}")  # before it runs: it may take long
+        cause = cause_to_skip(check, done)
+        if cause:
+            mark, text = "skipped", f"because of: {cause}"
         else:
             mark, text = run_check(probe, check)
-        if mark in ("no", "unclear") and not probe.refusal:
-            failed.append(name)
         show_row(f"{mark:<9}", text, 17)
-        findings.append((section, mark, text))
-    return findings
+        done.append(replace(check, mark=mark, text=text))
+    return done
+
+
+def cause_to_skip(check: Check, done: list[Check]) -> str:
+    """The name of a check that has failed, and without which this one has no sense."""
+    for earlier in done:
+        is_needed = earlier.name in ("reachable", "plain answer", check.needs)
+        has_failed = earlier.mark in ("no", "unclear", "skipped")
+        if is_needed and has_failed and not earlier.text.startswith(MENDED):
+            return earlier.name
+    return ""
 
 
 def show_row(start: str, text: str, column: int = 0) -> None:
-    """Show the rest of a line of a table, from a column on, in 80 columns."""
-    text = " ".join(text.split())
-    text = text if len(text) < 400 else f"{text[:400]}..."
+    """Show the rest of a row, which begins at a column, in 80 columns."""
     blanks = " " * (column + len(start))
-    S02.show(start + f"\n{blanks}".join(textwrap.wrap(text, 79 - len(blanks))) + "\n")
+    lines = textwrap.wrap(text, 79 - len(blanks))
+    show(start + f"\n{blanks}".join(lines) + "\n")
 
 
-def verdict(section: int, findings: Findings) -> str:
+def verdict(section: int, checks: list[Check]) -> str:
     """Whether a section can be run, and what to know about it."""
-    for mark in ("no", "unclear"):
-        marked = [
-            (at, text)
-            for at, found, text in findings
-            if found == mark and at <= section
-        ]
-        if marked:
-            first, text = min(marked)
-            return f"{mark}: {text if first == section else f'as s{first:02}'}"
+    copes = []
+    remarks = []
+    for check in sorted(checks, key=lambda check: check.mark != "no"):
+        is_own = check.section == section
+        if check.section > section:
+            continue
+        if check.mark in ("no", "unclear"):
+            if is_own:
+                return f"{check.mark}: {check.text}"
+            if not check.later:
+                return f"{check.mark}: as s{check.section:02}"
+            perhaps = "perhaps " if check.mark == "unclear" else ""
+            remarks.append(perhaps + check.later)
+        elif is_own and check.mark == "copes":
+            copes.append(check.text)
+        elif is_own and check.mark == "but":
+            remarks.append(check.text)
     answer = "yes"
-    for mark, start in (("copes", ", the section copes: "), ("but", ", but ")):
-        told = [text for at, found, text in findings if found == mark and at == section]
-        answer += start + "; ".join(told) if told else ""
+    if copes:
+        answer += f", the section copes: {'; '.join(copes)}"
+    if remarks:
+        answer += f", but {'; '.join(remarks)}"
     return answer
 
 
-def report(probe: Probe, findings: Findings) -> int:
-    """Show the marks, the verdicts and the lines for .env. Returns the exit status."""
-    marks = {mark for _, mark, _ in findings}
-    if meanings := [f"{mark}: {told}" for mark, told in MARKS.items() if mark in marks]:
-        S02.show("\n")
-        show_row("", "; ".join(meanings))
-    S02.show("\n")
-    verdicts = []
-    for number, path in enumerate(sorted(SECTIONS.glob("s*_*.py")), 1):
-        verdicts.append(verdict(number, findings))
+def report(probe: Probe, checks: list[Check]) -> int:
+    """Show what follows from the checks. Returns the exit status."""
+    show_meanings(checks)
+    show("\n")
+    status = 0
+    for number, path in enumerate(sorted(TITLES.glob("s*_*.py")), 1):
+        answer = verdict(number, checks)
+        if not answer.startswith("yes"):
+            status = 1
         title = path.stem[4:].replace("_", " ")
-        show_row(f"{path.stem[:3]} {title:<17}", verdicts[-1])
-    if probe.lines:
-        lines = [f"{name}={value}\n" for name, value in probe.lines.items()]
-        S02.show("\nWhat would help, in .env:\n" + "".join(lines))
-    S02.show(f"\n{len(probe.replies)} requests, about {probe.sent:,} tokens sent.\n")
+        show_row(f"{path.stem[:3]} {title:<17}", answer)
+    show_env_lines(probe)
+    show(f"\n{probe.requests} requests, about {probe.tokens_sent:,} tokens sent.\n")
     if probe.failures:
         kinds = ", ".join(sorted(set(probe.failures)))
         show_row("", f"Failed, and made again: {len(probe.failures)} ({kinds}).")
-    return int(not all(text.startswith("yes") for text in verdicts))
+    return status
+
+
+def show_meanings(checks: list[Check]) -> None:
+    """Explain the marks that the table has."""
+    marks = {check.mark for check in checks}
+    meanings = [f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in marks]
+    if meanings:
+        show("\n")
+        show_row("", "; ".join(meanings))
+
+
+def show_env_lines(probe: Probe) -> None:
+    """Show the lines for .env that would help."""
+    lines = dict(probe.env_lines)
+    if probe.real_window < probe.window:
+        lines["CONTEXT_TOKENS"] = probe.real_window
+    if probe.options_help:
+        lines["MODEL_OPTIONS"] = f"'{json.dumps(options_for_env(probe))}'"
+    if lines:
+        show("\nWhat would help, in .env:\n")
+    for name, value in lines.items():
+        show(f"{name}={value}\n")
+
+
+def options_for_env(probe: Probe) -> dict:
+    """The options that helped, without those that the sections set by themselves."""
+    options = dict(probe.agent.options)
+    del options["model"]
+    options.pop("stream_options", None)
+    if options["stream"] is True:
+        del options["stream"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in options:  # an answer must leave room for the conversation
+            options[name] = min(options[name], probe.real_window // 4)
+    return options
 
 
 # --- the command line ---
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     about = "one long request more: is the window as long as CONTEXT_TOKENS says?"
     parser.add_argument("--context", action="store_true", help=about)
-    way_out = "the one option is --context"
-    parser.error = lambda told: parser.exit(2, f"check_model.py: {told}; {way_out}\n")
+    parser.error = lambda message: parser.exit(
+        2, f"check_model.py: {message}; the one option is --context\n"
+    )
     return parser.parse_args()
 
 
-def load_probe(folder: Path) -> Probe:
-    """The server that .env describes. Exits with a section's own line if it does not."""
-    S02.NO_MODEL = S02.NO_MODEL.replace("s02", "check_model")
-    S02.MAX_ROUNDS = ROUNDS
-    agent, window = S02.load_agent(), os.getenv("CONTEXT_TOKENS") or "128000"
-    if not re.fullmatch("[0-9]{1,8}", window):
-        sys.exit(f"CONTEXT_TOKENS must be a number of tokens, not {window!r}")
+def load_probe(folder: Path, with_context: bool) -> Probe:
+    """The server in .env. Exits with a section's own line if it is not described."""
+    SECTION.NO_MODEL = SECTION.NO_MODEL.replace("s03", "check_model")
+    SECTION.MAX_ROUNDS = ROUNDS
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
-    agent = replace(agent, workspace=folder, approval="never", show=lambda text: None)
-    return Probe(agent, S03.ContextGuard(int(window)).window)
+    agent = SECTION.load_agent()
+    text = os.getenv("CONTEXT_TOKENS") or "128000"
+    if not re.fullmatch("[0-9]{1,8}", text):
+        sys.exit(f"CONTEXT_TOKENS must be a number of tokens, not {text!r}")
+    window = max(int(text), 1000)
+    agent = replace(
+        agent,
+        show=lambda *_: None,
+        workspace=folder,
+        approval=SECTION.Approval("never"),
+        store=SECTION.SessionStore(folder / ".sessions"),
+        guard=ContextGuard(window),
+    )
+    return Probe(agent, window, with_context)
 
 
-def run(probe: Probe, with_context: bool) -> int:
+def run(probe: Probe) -> int:
     """Check a server. Returns the exit status."""
-    cost = f", one of about {probe.window * 9 // 10:,} tokens" if with_context else ""
-    target = f"{probe.agent.settings['model']} at {probe.client.base_url}"
-    show_row("", f"a dozen small requests{cost}, to {target}")
-    S02.show("\n")
-    checks = CHECKS | ({"context": (probe_context, 3)} if with_context else {})
+    cost = "about 14 small requests"
+    if probe.with_context:
+        cost += f", one of about {probe.window * 9 // 10:,} tokens"
+    agent = probe.agent
+    show_row("", f"{cost}, to {agent.options['model']} at {agent.client.base_url}")
+    show("\n")
     try:
-        return report(probe, run_checks(probe, checks))
+        return report(probe, run_checks(probe))
     except SystemExit:  # Ctrl-C, perhaps in the middle of a line
-        S02.show("\n")
+        show("\n")
         raise
 
 
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")
-    given = parse()
+    arguments = parse_arguments()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return run(load_probe(Path(folder).resolve()), given.context)
-    except (
-        BrokenPipeError
-    ):  # `| head` has read enough, and what is left has nowhere to go
+            return run(load_probe(Path(folder).resolve(), arguments.context))
+    except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -371,7 +371,7 @@ def test_much_text_takes_little_time(section: Section, fake_model: FakeModel):
     for request in fake_model.chats:
         came.setdefault(asked(request.messages), request.time)
     for name in items:
-        assert came[f"after {name}"] - came[name] < 4, name
+        assert came[f"after {name}"] - came[name] < 8, name
         assert "yes" in shown[name]
 
 
@@ -627,7 +627,7 @@ def test_odd_answers(section: Section, fake_model: FakeModel, options: str):
 def test_a_message_with_a_call_and_no_tools(section: Section, fake_model: FakeModel):
     """Nothing but s01 lacks tools; a call is no reason to end, there as anywhere."""
     names = [name for name, sent in corpora.STREAMS.items() if sent.calls]
-    script(fake_model, {n: Chunks(corpora.STREAMS[n].chunks) for n in names})
+    script(fake_model, {n: [Chunks(corpora.STREAMS[n].chunks)] for n in names})
     shown = play(section, env_for(fake_model), names)
     for name in names:
         assert shown[f"after {name}"].endswith(f"fine: after {name}")

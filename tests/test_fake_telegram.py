@@ -133,8 +133,9 @@ def test_a_long_poll_waits_and_wakes(server: FakeTelegram):
 def test_the_older_of_two_polls_ends(server: FakeTelegram):
     async def two(bot: Bot) -> None:
         async with client(server) as other:
+            before = polls_of(server)
             older = asyncio.create_task(bot.get_updates(timeout=30))
-            await polls(server, 1)
+            await polls(server, before + 1)
             assert await other.get_updates() == ()
             with pytest.raises(Conflict, match="only one bot instance"):
                 await older

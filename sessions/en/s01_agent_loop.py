@@ -161,8 +161,9 @@ def read_chunks(reply: openai.Stream) -> Iterator[object]:
             if event.startswith(b"{"):
                 chunk = json.loads(event)
                 if error := chunk.get("error"):
-                    told = error.get("message") if isinstance(error, dict) else error
-                    raise openai.APIError(str(told), reply.response.request, body=error)
+                    told = error.get("message") if isinstance(error, dict) else ""
+                    told = str(told or "an error came in the stream")
+                    raise openai.APIError(told, reply.response.request, body=error)
                 yield ChatCompletionChunk.construct(**chunk)
     finally:
         reply.close()

@@ -237,8 +237,9 @@ def read_chunks(reply: openai.Stream) -> Iterator[object]:
             if event.startswith(b"{"):
                 chunk = json.loads(event)
                 if error := chunk.get("error"):
-                    told = error.get("message") if isinstance(error, dict) else error
-                    raise openai.APIError(str(told), reply.response.request, body=error)
+                    told = error.get("message") if isinstance(error, dict) else ""
+                    told = str(told or "an error came in the stream")
+                    raise openai.APIError(told, reply.response.request, body=error)
                 yield ChatCompletionChunk.construct(**chunk)
     finally:
         reply.close()
@@ -398,10 +399,9 @@ def add_piece(parts: list[dict], piece: object, position: int) -> None:
         "checks": 0,
     }
     part = next((part for part in reversed(parts) if continues(part, new)), None)
-    if part is None and len(parts) < MAX_CALLS:
-        parts.append(new)
-    elif part is None:
-        pass  # whoever calls that much at once is not answered by more
+    if part is None:
+        if len(parts) < MAX_CALLS:  # the others are left out
+            parts.append(new)
     else:
         text = part.pop("text")
         text += new["text"]  # as nothing else holds it, it grows in place: no piece costs a copy

@@ -760,7 +760,7 @@ RECORD = pydantic.TypeAdapter(dict)
 def read_records(path: Path) -> list[dict]:
     """The records of a log. A torn last line is set aside, a damaged one left out."""
     *lines, torn = path.read_bytes().split(b"\n")
-    if torn:
+    if torn:  # something follows the last newline
         path.with_suffix(".torn").write_bytes(torn)
         os.truncate(path, path.stat().st_size - len(torn))
         print(f"[{path.name}: the last line was torn, and is set aside]")
@@ -779,7 +779,7 @@ class Session:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.label = ""
-        self.messages: list[dict] = []
+        self.messages = []
         self.windows = {}  # for each model, in tokens, as its server has stated it
         self.lock = threading.Lock()
         for record in read_records(path):
@@ -854,8 +854,8 @@ def is_message(value: object) -> bool:
             return all(is_tool_call(call) for call in calls)
         case {"role": "tool", "content": str(), "tool_call_id": str()}:
             return True
-        case {"role": "user" | "assistant", "content": str()}:
-            return True
+        case {"role": "user" | "assistant", "content": str(), **others}:
+            return "tool_calls" not in others
     return False
 
 
@@ -869,8 +869,10 @@ def is_tool_call(value: object) -> bool:
 
 def repair_history(messages: list[dict]) -> list[dict]:
     """A history that servers accept: one result for each call, alternate speakers."""
-    repaired: list[dict] = []
+    repaired = []
     for message in messages:
+        if repaired and message == repaired[-1]:
+            continue  # a line of the log that is there twice
         waiting = unanswered_tool_calls(repaired)
         if message["role"] == "tool":
             if waiting and waiting[0]["id"] == message["tool_call_id"]:
@@ -893,9 +895,6 @@ def add_missing_results(messages: list[dict]) -> None:
         messages.append(tool_result(call, INTERRUPTED))
 
 
-INDEX = pydantic.TypeAdapter(dict[str, str])
-
-
 class SessionStore:
     """The sessions of one agent, and which of them a session key means now."""
 
@@ -908,14 +907,14 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            if read_header(path).get("key", key) == key:
+            if read_header(path).get("key", key) == key:  # or its header is damaged
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 
-    def read_index(self) -> dict[str, str]:
+    def read_index(self) -> dict:
         """The id of each key's session. Empty if the file is missing or damaged."""
         try:
-            return INDEX.validate_json(self.index.read_bytes())
+            return RECORD.validate_json(self.index.read_bytes())
         except (OSError, ValueError):
             return {}
 
@@ -963,7 +962,7 @@ def read_header(path: Path) -> dict:
         return {}
 
 
-LOCKS = []  # files that stay open
+LOCKS = []  # files that stay open: to close one would release its lock
 
 
 def lock_workspace(folder: Path) -> None:
@@ -994,6 +993,7 @@ OVERFLOW = re.compile(
     "|reduce the length of the messages|length of all messages|max_new_tokens. must be",
     re.IGNORECASE,
 )
+# Such as "maximum context length is 8192 tokens", "13392 tokens > 8192 maximum".
 STATED_WINDOW = re.compile(
     r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
     r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
@@ -1022,17 +1022,18 @@ class ContextGuard:
         Raises ContextOverflow, with the conversation as it was, if nothing helps.
         """
         before = list(agent.messages)
-        for make_room, divisor in (
+        steps = (
             (self.shorten_results, 8),
             (self.compact, 4),
             (self.shorten_results, 64),
-        ):
-            try:
-                return self.attempt(agent)
-            except ContextOverflow:
-                self.check_question(agent)
-                make_room(agent, self.room(agent) // divisor)
+        )
         try:
+            for make_room, divisor in steps:
+                try:
+                    return self.attempt(agent)
+                except ContextOverflow:
+                    self.check_last_message(agent)
+                    make_room(agent, self.room(agent) // divisor)
             return self.attempt(agent)
         except ContextOverflow:
             agent.messages.replace_all(before, "restored")
@@ -1061,11 +1062,11 @@ class ContextGuard:
         return min(stated, self.window)
 
     def room(self, agent: Agent) -> int:
-        """The tokens to fit into: the window, or what is used if that is less."""
+        """The tokens to fit into: the window, unless a server has refused even less."""
         return min(self.window_of(agent), self.used_tokens(agent))
 
-    def check_question(self, agent: Agent) -> None:
-        """Raise ContextOverflow if the question would not fit beside a summary."""
+    def check_last_message(self, agent: Agent) -> None:
+        """Raise ContextOverflow if a question leaves no room for a summary."""
         last = list(agent.messages)[-1]
         size = self.estimate([agent.tools, last])
         if last["role"] == "user" and size > self.window_of(agent) * 0.8:
@@ -1083,6 +1084,7 @@ class ContextGuard:
         """Correct the estimates by the tokens that the server has counted."""
         match reply.usage:
             case {"prompt_tokens": int(counted)}:
+                # `estimate` contains the factor so far.
                 factor = self.tokens_per_estimate * counted / estimate
                 self.tokens_per_estimate = min(max(factor, 0.25), 4)
 
@@ -1096,9 +1098,9 @@ class ContextGuard:
         agent.messages.replace_all(shortened, "shortened")
 
     def compact(self, agent: Agent, limit: int, may_drop: bool = True) -> None:
-        """Put a summary in place of all but the latest `limit` tokens.
+        """Put a summary in place of all but the latest `limit` tokens, or one message.
 
-        If the model gives none, drop the older messages, or else raise OpenAIError.
+        If the model gives none, drop the older messages, or raise what went wrong.
         """
         messages = list(agent.messages)
         start = self.latest_start(messages, limit)
@@ -1109,7 +1111,8 @@ class ContextGuard:
             summary = self.summarize(agent, messages[:start])
         except openai.APIConnectionError:
             raise  # there may be a summary when the server is back
-        except openai.OpenAIError as error:
+        except Exception as error:  # the call may fail in any way
+            agent.check_cancelled()
             if not may_drop:
                 raise
             note = f"no summary ({explain(error)}): messages left out: {start}"
@@ -1126,7 +1129,7 @@ class ContextGuard:
         start = len(messages)
         for position in reversed(range(len(messages))):
             limit -= self.estimate(messages[position])
-            if limit < 0 and start < len(messages):
+            if limit < 0 and start < len(messages):  # at least one message stays
                 break
             if messages[position]["role"] != "tool":
                 start = position
@@ -1141,16 +1144,17 @@ class ContextGuard:
                 lines.append(f"tool call: {call['function']}")
         transcript = cut_tokens("\n".join(lines), self.room(agent) // 2)
         request = {"role": "user", "content": f"{SUMMARIZE}\n\n{transcript}"}
-        helper = replace(agent, messages=[request], tools=[], show=lambda *_: None)
+        helper = replace(agent, messages=[request], tools=[], show=do_nothing)
         reply = call_model(helper)
         agent.check_cancelled()
-        if reply.finish_reason in NOTES or not reply.message["content"].strip():
+        summary = reply.message["content"]
+        if reply.finish_reason in NOTES or not summary.strip():  # cut off, or empty
             raise openai.OpenAIError("the model gave none")
-        return reply.message["content"]
+        return summary
 
 
 def estimate_tokens(value: object) -> int:
-    """About how many tokens a value has: one for 4 letters, or for a Chinese one."""
+    """About how many tokens a value has: 1 for 4 letters or for a Chinese character."""
     text = json.dumps(value, ensure_ascii=False)
     if text.isascii():
         return len(text) // 4
@@ -1167,7 +1171,7 @@ def cut_tokens(text: str, tokens: int) -> str:
 def is_overflow(error: openai.OpenAIError) -> bool:
     """Whether a server has refused a request because it is too long."""
     status = getattr(error, "status_code", None)  # none in the middle of a stream
-    if status not in (None, 400, 413, 500):
+    if status not in (None, 400, 413, 500):  # 500 is llama.cpp's
         return False
     if str(getattr(error, "code", "")).endswith("_parameter"):
         return False  # it does not know a field such as context_length
@@ -1253,7 +1257,7 @@ def show_context(agent: Agent, argument: str) -> str:
     )
 
 
-@command("/compact", "put a summary in place of the conversation so far")
+@command("/compact", "put a summary in place of all but the last message")
 def compact_session(agent: Agent, argument: str) -> str:
     agent.guard.compact(agent, limit=0, may_drop=False)
     return show_context(agent, argument)

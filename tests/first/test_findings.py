@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import socket
 import threading
 import time
@@ -30,6 +29,11 @@ from fake_model import ToolCalls
 from fake_telegram import FakeTelegram
 from harness import since
 from websockets.sync.client import connect
+
+try:
+    import resource
+except ImportError:  # Windows has none, and no /proc either
+    resource = None
 
 HUGE = 10**400  # too large for a float
 
@@ -71,6 +75,7 @@ def snapshot(workspace: Path) -> dict[str, bytes]:
 
 
 @since("s02")
+@pytest.mark.skipif(os.name == "nt", reason="makes links")
 def test_no_tool_reaches_the_state_of_the_program(
     section: harness.Section, fake_model: FakeModel, workspace: Path
 ):
@@ -286,6 +291,7 @@ def test_no_frontmatter_holds_the_program_up(
 
 
 @since("s06")
+@pytest.mark.skipif(os.name == "nt", reason="makes FIFOs")
 def test_only_regular_files_are_read(
     section: harness.Section, fake_model: FakeModel, workspace: Path
 ):
@@ -613,7 +619,7 @@ def test_an_error_in_a_stream_is_told(section: harness.Section, env: dict[str, s
         with Raw([text.encode()]) as server:
             env |= {"OPENAI_API_KEY": "sk-test", "OPENAI_BASE_URL": server.url, "MODEL_ID": "m"}
             done = harness.pipe(section, "hello\n", env)
-        assert done.returncode == 1 and "[out of credit" in done.stdout
+        assert done.returncode == 1 and done.stdout.count("out of credit") == 1
 
 
 THOUGHTS = {

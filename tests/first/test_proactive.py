@@ -1694,7 +1694,6 @@ def test_owner_says_who_it_is(post: Post):
         assert post.told(42)[-1] == "this is news" and len(post.told(43)) == 2
 
 
-@pytest.mark.guard
 @since("s07")
 def test_a_kill_before_it_is_sent_loses_nothing(post: Post):
     write_jobs(post.workspace, idle("news"))

@@ -16,7 +16,7 @@ SECTIONS = sections()
 PAIRS = list(zip([None, *SECTIONS], SECTIONS, strict=False))
 # Non-blank lines: ceilings, so that no section grows unnoticed. s04 holds two whole platforms.
 LINES = {
-    "s01": 218,
+    "s01": 219,
     "s02": 347,
     "s03": 411,
     "s04": 835,
