@@ -515,10 +515,9 @@ def tell_all_facts(chat: Conversation, match: re.Match) -> Outcome:
 
 def tell_fact(chat: Conversation, match: re.Match) -> Outcome:
     """What is my cat? What is my cat called? What is my cat's name?"""
-    key = match[1].lower().strip()
-    for candidate in (key, key.removesuffix(" called"), key.removesuffix("'s name")):
-        if candidate in chat.facts:
-            return f"Your {candidate} is {chat.facts[candidate]}."
+    key = match[1].lower().strip().removesuffix(" called").removesuffix("'s name")
+    if key in chat.facts:
+        return f"Your {key} is {chat.facts[key]}."
     return f"You have not told me your {key}."
 
 
@@ -549,7 +548,10 @@ def what_was_said(chat: Conversation, match: re.Match) -> Outcome:
 
 
 def count_messages(chat: Conversation, match: re.Match) -> Outcome:
-    return f"I see {len(chat.user_texts)} messages from you."
+    count = len(chat.user_texts)
+    if count == 1:
+        return "I see 1 message from you."
+    return f"I see {count} messages from you."
 
 
 def summarize(chat: Conversation, match: re.Match) -> Outcome:
@@ -1243,6 +1245,12 @@ def section_environment(url: str, model: str) -> dict[str, str]:
     return env
 
 
+def choose_workspace(script: Path, env: dict[str, str]) -> None:
+    """Give a reader's copy of a section the workspace that the sections have."""
+    if SESSIONS not in script.resolve().parents:
+        env.setdefault("WORKSPACE_DIR", str(SESSIONS.parent / "workspace"))
+
+
 def bypass_proxies(env: dict[str, str]) -> None:
     """Let an environment reach servers on this machine without a proxy."""
     direct = env.get("no_proxy", env.get("NO_PROXY", ""))
@@ -1292,6 +1300,7 @@ def main() -> int:
     print(ABOUT.format(server.url), flush=True)
     if script:
         env = section_environment(server.url, given.model)
+        choose_workspace(script, env)
         return run_section(script, given.arguments, env)
     print("Put these three lines into .env; Ctrl-C ends the server.")
     print(f"OPENAI_API_KEY=offline\nOPENAI_BASE_URL={server.url}")

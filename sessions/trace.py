@@ -551,6 +551,7 @@ def main() -> int:
         folder = offline_model.SESSIONS / ("next" if given.next else "en")
         script = offline_model.find_script(given.section, folder)
         url, env = find_server(given.model)
+        offline_model.choose_workspace(script, env)
         trace = Trace(given.to, given.save, given.full)
         proxy = Proxy(url, trace, use_proxies=not given.model)
     except (OSError, ValueError, ImportError) as error:

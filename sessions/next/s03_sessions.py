@@ -967,7 +967,7 @@ LOCKS = []  # files that stay open: to close one would release its lock
 
 def lock_workspace(folder: Path) -> None:
     """Own a workspace while the process lives. Exits if another process owns it."""
-    lock = open(folder / ".lock", "a+")  # noqa: SIM115
+    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl

@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
     check = f"python -m pytest tests/exercises -k {exercise.id} --script {file}"
     print(f"{file}: {exercise.task}")
     print(f"To check it: {check}")
-    print(f"To run it: WORKSPACE_DIR=workspace python sessions/offline_model.py {file}")
+    print(f"To run it: python sessions/offline_model.py {file}")
     return 0
 
 
