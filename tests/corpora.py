@@ -1131,6 +1131,45 @@ OVERFLOWS = {
             type=INVALID,
         ),
     ),
+    "groq_long": Failure(
+        "overflow",
+        400,
+        bare(
+            "Please reduce the length of the messages or completion.",
+            type=INVALID,
+            code="context_length_exceeded",
+        ),
+    ),
+    "cerebras_long": Failure(
+        "overflow",
+        400,
+        {
+            "message": "Please reduce the length of the messages or completion. Current"
+            " length is 9000 while limit is 8192",
+            "type": INVALID,
+            "param": "messages",
+            "code": "wrong_api_format",
+        },
+    ),
+    "perplexity_long": Failure(
+        "overflow", 400, bare("The total length of all messages is too long.", code=400)
+    ),
+    "together_long": Failure(
+        "overflow",
+        400,
+        bare(
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be"
+            " <= 8193. Given: 9000 `inputs` tokens and 512 `max_new_tokens`",
+            type=INVALID,
+        ),
+    ),
+    "bedrock_mantle_long": Failure(
+        "overflow",
+        400,
+        bare(
+            "input tokens (200000) exceeds customer model maximum input tokens (128000)"
+        ),
+    ),
     "ollama_long": Failure(
         "overflow",
         400,
@@ -1140,6 +1179,9 @@ OVERFLOWS = {
 
 # The window that an overflow states, in tokens.
 WINDOWS = {
+    "cerebras_long": 8192,
+    "together_long": 8193,
+    "bedrock_mantle_long": 128000,
     "e400ctx": 8192,
     "llamacpp": 8192,
     "lmstudio": 4096,
@@ -1178,6 +1220,8 @@ WINDOWS = {
 }
 # Where a client may miss it: it stands where others have the size of the request.
 WINDOW_IN_PROSE = {
+    "together_long",
+    "bedrock_mantle_long",
     "mistral_long",
     "cohere_long",
     "omlx_long",

@@ -1281,6 +1281,24 @@ def test_a_summary_that_is_none(desk: Desk, kind: str):
 
 
 @since("s03")
+@pytest.mark.parametrize("way", ["/compact", "say now"])
+def test_a_server_that_is_gone_costs_no_messages(desk: Desk, way: str):
+    """Its summary is asked for again when it is back."""
+    gone = without_summary(Drop(0, "reset"))
+    desk.server.script("brain", [gone], repeat=True)
+    desk.run(*(f"say {number} {'words ' * 100}" for number in range(20)))
+    before = desk.remembered()
+    printed = desk.run(way, CONTEXT_TOKENS="4096")
+    assert one_line(printed, "[", "onnection")
+    assert "heard now" not in printed
+    assert "summarized" not in desk.rewrites()
+    assert desk.remembered() == before
+    desk.server.script("brain", [brain], repeat=True)
+    assert "heard now" in desk.run("say now", CONTEXT_TOKENS="4096")
+    assert "the summary" in json.dumps(desk.sent())
+
+
+@since("s03")
 def test_thoughts_before_a_summary_are_left_out(desk: Desk):
     thoughtful = Text("<think>well, what was it</think>the gist")
     desk.server.script("brain", [without_summary(thoughtful)], repeat=True)
