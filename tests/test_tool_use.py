@@ -676,7 +676,7 @@ def running_command(
     section: Section, fake_model: FakeModel, workspace: Path
 ) -> Iterator[tuple[Screen, list[Path]]]:
     """A command of many processes that refuse to end by themselves, while it runs."""
-    names = ["shell", "child", "grandchild", "apart", "far"]
+    names = ["shell", "child", "grandchild", "bare", "apart", "far"]
     files = [workspace / name for name in names]
     made = [("bash", {"command": FAMILY}), ("write_file", {"path": "b", "content": ""})]
     script(fake_model, {"go": [ToolCalls(made)]})
@@ -696,6 +696,7 @@ write() { echo $2 > $1.tmp; mv $1.tmp $1; }
 write shell $$
 sleep 300 & write child $!
 bash -c 'sleep 300 & echo $! > g.tmp; mv g.tmp grandchild; wait' &
+env -i sleep 300 & write bare $!
 setsid sleep 300 & write apart $!
 setsid bash -c 'sleep 300 & echo $! > f.tmp; mv f.tmp far; wait' &
 echo before
@@ -738,7 +739,7 @@ def test_a_command_ends_with_the_terminal(
 ):
     script(fake_model, {"go": [ToolCalls([("bash", {"command": FAMILY})])]})
     env = env_for(fake_model, APPROVAL="always")
-    files = [workspace / name for name in ("shell", "child", "grandchild", "apart")]
+    files = [workspace / name for name in ("shell", "child", "bare", "apart")]
     master, terminal = harness.pty.openpty()
     process = harness.start(harness.argv_of(section), env, harness.REPO, [terminal] * 3)
     try:
@@ -1222,18 +1223,21 @@ def edit(path: str, old_text: str, new_text: str = "x") -> tuple[str, dict]:
 
 
 LETTERS = "abcdefghij" * 10
+CHINESE = "".join(chr(0x4E00 + n * 7919 % 997) for n in range(50_000))
 HUGE = {  # files that are far longer than anybody's
     "lines.txt": "0123456789abcde\n" * 2**18,
     "line.txt": "ab" * 2**21,
     "alike.txt": "".join(
-        f"{LETTERS[n % 9 :]}{LETTERS[: n % 9]}\n" for n in range(9_999)
+        f"{LETTERS[n % 9 :]}{LETTERS[: n % 9]}\n" for n in range(30_000)
     ),
     "edit.txt": "x" * 50_000 + "y",
+    "chinese.txt": CHINESE,
 }
 HUGE_CALLS = {
     "no passage": edit("line.txt", "ab" * 25_000 + "c"),
     "no lines": edit("lines.txt", "0123456789abcde\n" * 3_000 + "c"),
     "nearly": edit("alike.txt", LETTERS[::-1] + "\n" + "b" * 50_000),
+    "nearly chinese": edit("chinese.txt", f"{CHINESE[:25_000]}x{CHINESE[25_000:]}"),
     "blanks": edit("lines.txt", " " * 50_000),
     "line ends": edit("lines.txt", "\r" * 50_000),
     "passage": edit("edit.txt", "x" * 50_000 + "y", "\r\n" * 25_000),
@@ -1331,7 +1335,7 @@ def test_bash_timeout_kills_the_family(
     section: Section, fake_model: FakeModel, workspace: Path
 ):
     made = [("bash", {"command": FAMILY, "timeout": 1})]
-    names = ["shell", "child", "grandchild", "apart", "far"]
+    names = ["shell", "child", "grandchild", "bare", "apart", "far"]
     try:
         (text,) = run_calls(section, fake_model, made, APPROVAL="always")
         assert text.startswith("before\n")
