@@ -1,6 +1,7 @@
 """Sessions and the context guard (s03): nothing said is lost, or grows too long."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -1135,6 +1136,17 @@ def test_a_call_that_is_sure_to_overflow_is_not_sent(desk: Desk, text: str):
     assert max(sizes) > 2000
 
 
+@since("s03")
+def test_a_history_much_larger_than_the_window(desk: Desk):
+    """A smaller model takes over: the request for a summary fits it, too."""
+    desk.run(*(f"say {number} {'words ' * 600}" for number in range(25)))
+    calls = len(desk.server.chats)
+    assert "heard now" in desk.run("say now", CONTEXT_TOKENS="4096")
+    sizes = [counted(chat.body) for chat in desk.server.chats[calls:]]
+    assert len(sizes) == 2 and max(sizes) <= 4096, sizes
+    assert "the summary" in json.dumps(desk.sent())
+
+
 # --- the window ---
 
 
@@ -1546,6 +1558,32 @@ def test_append_after_one_that_failed(section, session, monkeypatch):
     replayed = [json.loads(line)["message"] for line in lines]
     assert replayed == list(session), "memory and log agree"
     assert contents(held) in (["one"], ["one", "two"])
+
+
+class HalfFull(io.FileIO):
+    """A file on a disk that takes half of what is written."""
+
+    def write(self, data: bytes) -> int:
+        return super().write(data[: len(data) // 2])
+
+
+@since("s03")
+def test_a_record_that_did_not_fit_leaves_nothing_behind(section, tmp_path: Path):
+    """When there is room again, the next record is a line of its own."""
+    module = section.load()
+    path = tmp_path / "one.jsonl"
+    path.touch()
+    session = module.Session(path)
+    question = {"role": "user", "content": "one"}
+    session.append(question)
+    module.open = lambda file, *_, **__: HalfFull(file, "ab")
+    with pytest.raises(OSError, match="disk is full"):
+        session.append({"role": "assistant", "content": "two"})
+    del module.open
+    answer = {"role": "assistant", "content": "three"}
+    session.append(answer)
+    assert list(session) == list(module.Session(path)) == [question, answer]
+    assert len(path.read_bytes().splitlines()) == 2
 
 
 @since("s03")
