@@ -163,18 +163,11 @@ def test_a_script_is_checked(tmp_path: Path):
     assert re.search(r"^=+ 1 failed, \d+ deselected", done.stdout, re.M), done
     assert f"{exercise.task}\nexpected " in done.stdout, done.stdout
     assert "Traceback" not in done.stdout and "workers" not in done.stdout, done.stdout
-    path.write_text(exercise.solved(), encoding="utf-8")
-    done = run_checks(FOLDER, "-k", exercise.id, "--script", path)
-    assert re.search(r"^=+ 1 passed, \d+ deselected", done.stdout, re.M), done
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [
-        (None, "there is no such Python file"),
-        ("def (", "SyntaxError"),
-        ("1 / 0", "ZeroDivision"),
-    ],
+    [(None, "there is no such Python file"), ("def (", "SyntaxError")],
 )
 def test_a_script_that_cannot_be_checked(tmp_path: Path, text: str | None, reason: str):
     path = tmp_path / "mine.py"

@@ -103,14 +103,9 @@ def test_header_and_imports(lesson: Section):
     none(check_steps.standalone_problems(lesson))
 
 
-def test_requirements():
-    both = [*harness.sections(), *SECTIONS]
-    none(check_steps.requirement_problems(both, REPO))
-
-
-@each_script
-def test_encoding(path: Path):
-    none(check_steps.encoding_problems(path))
+@each_section
+def test_encoding(lesson: Section):
+    none(check_steps.encoding_problems(lesson.path))
 
 
 def test_importing_does_nothing_else(

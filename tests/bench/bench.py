@@ -65,7 +65,8 @@ def main() -> int:
         measure.FOLDERS[:] = [given.sections.resolve()]
     for name in given.names or list(BENCHMARKS):
         print(f"\n{name}: {inspect.cleandoc(BENCHMARKS[name].__doc__)}")
-        with tempfile.TemporaryDirectory(dir=TESTS.parent) as folder:
+        # On the disk of the repository: /tmp may be memory.
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=TESTS.parent) as folder:
             BENCHMARKS[name](Path(folder))
     return 0
 

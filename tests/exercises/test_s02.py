@@ -15,6 +15,11 @@ def results(fake_model: FakeModel) -> list[str]:
     return [message["content"] for message in messages if message["role"] == "tool"]
 
 
+def names_in(listing: str) -> list[str]:
+    """The names in a listing, however folders are marked."""
+    return [line.strip().removeprefix("./").rstrip("/") for line in listing.split("\n")]
+
+
 def test_s02_list(script: Section, fake_model: FakeModel, workspace: Path):
     """Add: a tool list_files lists what matches a pattern, in the workspace only."""
     (workspace / ".hidden").write_text("mine", encoding="utf-8")
@@ -24,12 +29,12 @@ def test_s02_list(script: Section, fake_model: FakeModel, workspace: Path):
     fake_model.script(None, [calls, Text("Done.")], repeat=True)
     pipe(script, "list the files\n", fake_model.env())
     every, markdown, outside = results(fake_model)
-    names = every.splitlines()
+    names = names_in(every)
     for name in ("SOUL.md", "CRON.json", "skills"):
         assert name in names, f"no pattern: expected a line {name}; got {every!r}"
     assert ".hidden" not in every, f"expected no dot files; got {every!r}"
     skill = "skills/example-skill/SKILL.md"
-    names = markdown.splitlines()
+    names = names_in(markdown)
     assert skill in names, f"**/*.md: expected a line {skill}; got {markdown!r}"
     assert "CRON.json" not in names, f"**/*.md: expected no CRON.json; got {markdown!r}"
     assert "outside.md" not in outside, f"../*: expected no outside.md; got {outside!r}"
