@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 import unicodedata
@@ -1518,11 +1519,15 @@ def test_an_append_is_on_disk_when_it_returns(session, monkeypatch: pytest.Monke
 
 
 @since("s03")
-def test_appends_from_many_threads(section, session):
+def test_appends_from_many_threads(session, monkeypatch: pytest.MonkeyPatch):
     """All there, each intact, in each thread's order, and as in memory."""
 
+    monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0))  # others go first
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
     def write(thread: int) -> None:
-        for number in range(25):
+        for number in range(100):
             text = f"{thread} {number} " + "很" * (number * 37 % 400)
             session.append({"role": "user", "content": text})
 
@@ -1531,13 +1536,16 @@ def test_appends_from_many_threads(section, session):
         thread.start()
     for thread in threads:
         thread.join(30)
+    sys.setswitchinterval(before)
     records = [json.loads(line) for line in session.path.read_bytes().splitlines()]
     messages = [record["message"] for record in records]
-    assert messages == list(session) and len(messages) == 8 * 25
+    assert messages == list(session) and len(messages) == 8 * 100
     for thread in range(8):
         texts = [text for text in contents(messages) if text.split()[0] == str(thread)]
-        assert [int(text.split()[1]) for text in texts] == list(range(25))
-        assert [text.count("很") for text in texts] == [n * 37 % 400 for n in range(25)]
+        assert [int(text.split()[1]) for text in texts] == list(range(100))
+        assert [text.count("很") for text in texts] == [
+            n * 37 % 400 for n in range(100)
+        ]
 
 
 @since("s03")
