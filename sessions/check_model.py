@@ -566,10 +566,7 @@ def try_full_window(probe: Probe) -> Result:
     try:
         reply = probe.with_retries(partial(attempt_long_talk, probe, agent))
     except ContextOverflow:
-        windows = list(agent.messages.windows.values())  # none, or the stated one
-        probe.lower_window(min(windows, default=probe.window))
-        stated = f", for a window of {windows[0]:,} tokens" if windows else ""
-        return "copes", f"{size} is refused{stated}: section 3 makes room"
+        return describe_overflow(probe, agent.messages, size)
     except openai.BadRequestError as error:
         return "no", f"{size} fails, not as an overflow: {explain(error)}"
     if not reply:
@@ -603,6 +600,16 @@ def attempt_long_talk(probe: Probe, agent: object) -> object | None:
             return None
         raise
     return reply if any(pieces) else None
+
+
+def describe_overflow(probe: Probe, session: object, size: str) -> Result:
+    """What to say if the server refuses a long conversation, as it should."""
+    stated = session.windows.get(probe.agent.options["model"])
+    if not stated:
+        return "copes", f"{size} is refused: section 3 makes room"
+    probe.lower_window(stated)
+    window = f"a window of {stated:,} tokens"
+    return "copes", f"{size} is refused, for {window}: section 3 makes room"
 
 
 def judge_memory(probe: Probe, reply: object, estimate: int, size: str) -> Result:

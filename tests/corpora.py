@@ -825,15 +825,16 @@ PROVIDERS = {
     "odd_403": Failure("auth", 403, bare("odd", metadata="flagged_input")),
 }
 
-# A conversation that is too long, in the words of other servers. The texts are those that users
-# have reported; what stands around them is OpenAI's frame where a report leaves it out.
+# A conversation that is too long, in the words of other servers. The texts are those
+# that users have reported; around them stands OpenAI's frame, or that of the server.
 OVERFLOWS = {
     "gemini_long": Failure(
         "overflow",
         400,
         [
             bare(
-                "The input token count (1196265) exceeds the maximum number of tokens allowed"
+                "The input token count (1196265) exceeds the maximum number of"
+                " tokens allowed"
                 " (1048576).",
                 code=400,
                 status="INVALID_ARGUMENT",
@@ -844,7 +845,8 @@ OVERFLOWS = {
         "overflow",
         400,
         bare(
-            "The input token count exceeds the maximum number of tokens allowed 1048576.",
+            "The input token count exceeds the maximum number of tokens allowed"
+            " 1048576.",
             code=400,
             status="INVALID_ARGUMENT",
         ),
@@ -853,7 +855,8 @@ OVERFLOWS = {
         "overflow",
         400,
         error(
-            "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 30720]",
+            "<400> InternalError.Algo.InvalidParameter: Range of input length should"
+            " be [1, 30720]",
             "invalid_parameter_error",
             INVALID,
         ),
@@ -863,7 +866,8 @@ OVERFLOWS = {
         400,
         {
             "code": "Client specified an invalid argument",
-            "error": "This model's maximum prompt length is 131072 but the request contains 537812"
+            "error": "This model's maximum prompt length is 131072 but the request"
+            " contains 537812"
             " tokens.",
         },
     ),
@@ -871,19 +875,25 @@ OVERFLOWS = {
         "overflow",
         400,
         bare(
-            "Invalid request: Your request exceeded model token limit: 8192 (requested: 9000)",
+            "Invalid request: Your request exceeded model token limit: 8192"
+            " (requested: 9000)",
             type=INVALID,
         ),
     ),
-    "zai_long": Failure("overflow", 400, bare("Prompt exceeds max length", code="1261")),
+    "zai_long": Failure(
+        "overflow", 400, bare("Prompt exceeds max length", code="1261")
+    ),
     "zai_more_than_max": Failure(
-        "overflow", 400, bare("tokens in request more than max tokens allowed", code="1210")
+        "overflow",
+        400,
+        bare("tokens in request more than max tokens allowed", code="1210"),
     ),
     "zai_maximum": Failure(
         "overflow",
         400,
         bare(
-            "API 调用参数有误，请检查文档。Request 182387 input tokens exceeds the model's maximum"
+            "API 调用参数有误，请检查文档。Request 182387 input tokens exceeds"
+            " the model's maximum"
             " context length 202750",
             code="1210",
         ),
@@ -893,7 +903,8 @@ OVERFLOWS = {
         400,
         {
             "object": "error",
-            "message": "The input (14000 tokens) is longer than the model's context length (8192"
+            "message": "The input (14000 tokens) is longer than the model's context"
+            " length (8192"
             " tokens).",
             "type": "BadRequestError",
             "param": None,
@@ -905,8 +916,10 @@ OVERFLOWS = {
         400,
         {
             "object": "error",
-            "message": "Requested token count exceeds the model's maximum context length of 8192"
-            " tokens. You requested a total of 9000 tokens: 8000 tokens from the input messages"
+            "message": "Requested token count exceeds the model's maximum context"
+            " length of 8192"
+            " tokens. You requested a total of 9000 tokens: 8000 tokens from the"
+            " input messages"
             " and 1000 tokens for the completion.",
             "type": "BadRequestError",
             "param": None,
@@ -918,8 +931,10 @@ OVERFLOWS = {
         400,
         {
             "object": "error",
-            "message": "The decoder prompt (length 21535) is longer than the maximum model length"
-            " of 16384. Make sure that `max_model_len` is no smaller than the number of text tokens"
+            "message": "The decoder prompt (length 21535) is longer than the maximum"
+            " model length"
+            " of 16384. Make sure that `max_model_len` is no smaller than the number"
+            " of text tokens"
             " plus multimodal tokens.",
             "type": "BadRequestError",
             "param": None,
@@ -931,8 +946,10 @@ OVERFLOWS = {
         400,
         {
             "object": "error",
-            "message": "This model's maximum context length is 16384 tokens. However, you requested"
-            " 19591 tokens (9591 in the messages, 10000 in the completion). Please reduce the"
+            "message": "This model's maximum context length is 16384 tokens."
+            " However, you requested"
+            " 19591 tokens (9591 in the messages, 10000 in the completion). Please"
+            " reduce the"
             " length of the messages or completion.",
             "type": "BadRequestError",
             "param": None,
@@ -944,7 +961,8 @@ OVERFLOWS = {
         400,
         {
             "code": 20015,
-            "message": "length of prompt_tokens (40000) must be less than max_seq_len (32768).",
+            "message": "length of prompt_tokens (40000) must be less than"
+            " max_seq_len (32768).",
             "data": None,
         },
     ),
@@ -953,7 +971,8 @@ OVERFLOWS = {
         400,
         {
             "code": 20015,
-            "message": "number of input tokens (204703) has exceeded max_prompt_tokens (202752)"
+            "message": "number of input tokens (204703) has exceeded"
+            " max_prompt_tokens (202752)"
             " limit",
             "data": None,
         },
@@ -964,7 +983,8 @@ OVERFLOWS = {
         {
             "type": "error",
             **bare(
-                "input length and `max_tokens` exceed context limit: 90402 + 116650 > 204648,"
+                "input length and `max_tokens` exceed context limit: 90402 + 116650"
+                " > 204648,"
                 " decrease input length or `max_tokens` and try again",
                 type=INVALID,
             ),
@@ -983,8 +1003,10 @@ OVERFLOWS = {
         "overflow",
         400,
         error(
-            "This model's maximum context length is 2048 tokens. However, you requested 3158 tokens"
-            " (3158 in the messages, 0 in the completion). Please reduce the length of the"
+            "This model's maximum context length is 2048 tokens. However, you"
+            " requested 3158 tokens"
+            " (3158 in the messages, 0 in the completion). Please reduce the length"
+            " of the"
             " messages or completion.",
             "context_length_exceeded",
             INVALID,
@@ -995,15 +1017,19 @@ OVERFLOWS = {
         "overflow",
         500,
         error(
-            "Requested tokens (3158) exceed context window of 2048", None, "internal_server_error"
+            "Requested tokens (3158) exceed context window of 2048",
+            None,
+            "internal_server_error",
         ),
     ),
     "lmstudio_without_numbers": Failure(
         "overflow",
         400,
         {
-            "error": "The number of tokens to keep from the initial prompt is greater than the"
-            " context length. Try to load the model with a larger context length, or provide a"
+            "error": "The number of tokens to keep from the initial prompt is"
+            " greater than the"
+            " context length. Try to load the model with a larger context length, or"
+            " provide a"
             " shorter input"
         },
     ),
@@ -1011,8 +1037,10 @@ OVERFLOWS = {
         "overflow",
         400,
         {
-            "error": "Trying to keep the first 7120 tokens when context the overflows. However, the"
-            " model is loaded with context length of only 4096 tokens, which is not enough. Try to"
+            "error": "Trying to keep the first 7120 tokens when context the"
+            " overflows. However, the"
+            " model is loaded with context length of only 4096 tokens, which is not"
+            " enough. Try to"
             " load the model with a larger context length, or provide a shorter input"
         },
     ),
@@ -1020,7 +1048,8 @@ OVERFLOWS = {
         "overflow",
         400,
         {
-            "error": "Reached context length of 4096 tokens with model (arch: llama) that does not"
+            "error": "Reached context length of 4096 tokens with model (arch: llama)"
+            " that does not"
             " currently support mid-generation context overflow."
         },
     ),
@@ -1028,7 +1057,8 @@ OVERFLOWS = {
         "overflow",
         400,
         error(
-            "Your input exceeds the context window of this model. Please adjust your input and try"
+            "Your input exceeds the context window of this model. Please adjust your"
+            " input and try"
             " again.",
             "context_length_exceeded",
             INVALID,
@@ -1046,54 +1076,112 @@ OVERFLOWS = {
     "minimax_long": Failure(
         "overflow",
         400,
-        bare("invalid params, context window exceeds limit (2013)", type="bad_request_error"),
+        bare(
+            "invalid params, context window exceeds limit (2013)",
+            type="bad_request_error",
+        ),
     ),
     "mistral_long": Failure(
         "overflow",
         400,
         {
             "object": "error",
-            "message": "Prompt contains 40960 tokens and 0 draft tokens, too large for model with"
+            "message": "Prompt contains 40960 tokens and 0 draft tokens, too large"
+            " for model with"
             " 32768 maximum context length",
             "type": "invalid_request_prompt",
             "code": "3051",
         },
     ),
-    "bedrock_long": Failure("overflow", 400, bare("Input is too long for requested model.")),
+    "bedrock_long": Failure(
+        "overflow", 400, bare("Input is too long for requested model.")
+    ),
     "cohere_long": Failure(
         "overflow",
         400,
         {
-            "message": "too many tokens: size limit exceeded by 19296 tokens. Try using shorter or"
+            "message": "too many tokens: size limit exceeded by 19296 tokens. Try"
+            " using shorter or"
             " fewer inputs. The limit for this model is 132000 tokens."
         },
     ),
     "omlx_long": Failure(
         "overflow",
         400,
-        bare("Prompt too long: 41911 tokens exceeds max context window of 32768 tokens"),
+        bare(
+            "Prompt too long: 41911 tokens exceeds max context window of 32768 tokens"
+        ),
     ),
     "litellm_long": Failure(
         "overflow",
         400,
         bare(
-            "litellm.ContextWindowExceededError: litellm.BadRequestError: Context Window exceeded"
-            " for given call. No models have context window large enough for this call.",
+            "litellm.ContextWindowExceededError: litellm.BadRequestError: Context"
+            " Window exceeded"
+            " for given call. No models have context window large enough for this"
+            " call.",
             code="400",
         ),
     ),
     "fireworks_long": Failure(
         "overflow",
         400,
-        bare("The prompt is too long: 140000, model maximum context length: 131071", type=INVALID),
+        bare(
+            "The prompt is too long: 140000, model maximum context length: 131071",
+            type=INVALID,
+        ),
+    ),
+    "groq_long": Failure(
+        "overflow",
+        400,
+        bare(
+            "Please reduce the length of the messages or completion.",
+            type=INVALID,
+            code="context_length_exceeded",
+        ),
+    ),
+    "cerebras_long": Failure(
+        "overflow",
+        400,
+        {
+            "message": "Please reduce the length of the messages or completion. Current"
+            " length is 9000 while limit is 8192",
+            "type": INVALID,
+            "param": "messages",
+            "code": "wrong_api_format",
+        },
+    ),
+    "perplexity_long": Failure(
+        "overflow", 400, bare("The total length of all messages is too long.", code=400)
+    ),
+    "together_long": Failure(
+        "overflow",
+        400,
+        bare(
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be"
+            " <= 8193. Given: 9000 `inputs` tokens and 512 `max_new_tokens`",
+            type=INVALID,
+        ),
+    ),
+    "bedrock_mantle_long": Failure(
+        "overflow",
+        400,
+        bare(
+            "input tokens (200000) exceeds customer model maximum input tokens (128000)"
+        ),
     ),
     "ollama_long": Failure(
-        "overflow", 400, bare("prompt too long; exceeded max context length by 4 tokens")
+        "overflow",
+        400,
+        bare("prompt too long; exceeded max context length by 4 tokens"),
     ),
 }
 
 # The window that an overflow states, in tokens.
 WINDOWS = {
+    "cerebras_long": 8192,
+    "together_long": 8193,
+    "bedrock_mantle_long": 128000,
     "e400ctx": 8192,
     "llamacpp": 8192,
     "lmstudio": 4096,
@@ -1130,8 +1218,10 @@ WINDOWS = {
     "omlx_long": 32768,
     "fireworks_long": 131071,
 }
-# Where a client may miss the number: it stands where others have the size of the request.
+# Where a client may miss it: it stands where others have the size of the request.
 WINDOW_IN_PROSE = {
+    "together_long",
+    "bedrock_mantle_long",
     "mistral_long",
     "cohere_long",
     "omlx_long",

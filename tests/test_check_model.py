@@ -469,15 +469,9 @@ def test_a_web_page(fake_model: FakeModel, run: Callable):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY and MODEL_ID must be set"),
-        (
-            {"MODEL_OPTIONS": "{"},
-            "check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: ",
-        ),
-        (
-            {"MODEL_TIMEOUT": "soon"},
-            "check .env, OPENAI_BASE_URL, MODEL_OPTIONS and MODEL_TIMEOUT: ",
-        ),
+        ({"OPENAI_API_KEY": ""}, "sessions/offline_model.py check_model"),
+        ({"MODEL_OPTIONS": "{"}, "MODEL_OPTIONS"),
+        ({"MODEL_TIMEOUT": "soon"}, "MODEL_TIMEOUT"),
         (
             {"CONTEXT_TOKENS": "8k"},
             "CONTEXT_TOKENS must be a number of tokens, not '8k'",
@@ -489,7 +483,7 @@ def test_settings_as_the_sections_want_them(
 ):
     with pytest.raises(SystemExit) as stop:
         run(env | {"OPENAI_API_KEY": "k", "MODEL_ID": "m"} | more)
-    assert stop.value.code.startswith(told)
+    assert told in stop.value.code
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,9 @@ def agent(section: Section, fake_model: FakeModel, monkeypatch: pytest.MonkeyPat
 # --- calls off the wire ---
 
 
+SIGNED = {"google": {"thought_signature": "SIG"}}
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_every_stream_is_understood(
     section: Section, fake_model: FakeModel, streamed: bool
@@ -174,10 +177,8 @@ def test_every_stream_is_understood(
         for (tool, _), result in zip(sent.calls, results(turn), strict=True):
             assert tool in result, f"{name}: {result}"
         extras = [call.get("extra_content") for call in made_calls(turn)]
-        signed = [{"google": {"thought_signature": "SIG"}}]
-        assert extras == (signed if name == "gemini_sig" else [None] * len(extras)), (
-            name
-        )
+        signed = [SIGNED] if name == "gemini_sig" else [None] * len(extras)
+        assert extras == signed, name
         thoughts = "hm yes" if name == "reasoning" else None
         assert turn[0].get("reasoning_content") == thoughts, name
 
@@ -192,6 +193,15 @@ VALUES = st.recursive(
 )
 ARGUMENTS = st.dictionaries(st.text(max_size=4), VALUES, max_size=3)
 CALLS = st.lists(st.tuples(NAMES, ARGUMENTS), min_size=2, max_size=4)
+
+
+def can_be_told_apart(style: dict) -> bool:
+    """Whether anything says where a call ends: its index, its id, or its place."""
+    if style["index"] == "given" or style["ids"] in ("each", "first"):
+        return True
+    return style["at_once"] and style["index"] == "missing"
+
+
 STYLE = st.fixed_dictionaries(
     {
         "index": st.sampled_from(["given", "missing", "zero"]),
@@ -200,14 +210,7 @@ STYLE = st.fixed_dictionaries(
         "arguments": st.sampled_from(["split", "opened empty", "whole", "object"]),
         "at_once": st.sampled_from([False, False, False, True]),
     }
-).filter(lambda style: can_be_told_apart(style))
-
-
-def can_be_told_apart(style: dict) -> bool:
-    """Whether anything says where a call ends: its index, its id, or its place."""
-    if style["index"] == "given" or style["ids"] in ("each", "first"):
-        return True
-    return style["at_once"] and style["index"] == "missing"
+).filter(can_be_told_apart)
 
 
 def pieces_of(number: int, call: tuple, style: dict, data: st.DataObject) -> list[dict]:
@@ -223,9 +226,8 @@ def pieces_of(number: int, call: tuple, style: dict, data: st.DataObject) -> lis
         parts = ["", *parts]
     made = []
     for position, part in enumerate(parts):
-        id = {"empty": "", "none": None, "same": "call_0"}.get(
-            style["ids"], f"call_{number}"
-        )
+        odd_ids = {"empty": "", "none": None, "same": "call_0"}
+        id = odd_ids.get(style["ids"], f"call_{number}")
         id = None if position and style["ids"] == "first" else id
         index = {"given": number, "missing": None, "zero": 0}[style["index"]]
         named = name if not position or style["names"] == "each" else None
@@ -241,10 +243,9 @@ def stream_of(made: list[tuple], style: dict, data: st.DataObject) -> Chunks:
     elif style["index"] == "given":
         owners = [n for n, queue in enumerate(queues) for _ in queue[1:]]
         later = [iter(queue[1:]) for queue in queues]
+        order = data.draw(st.permutations(owners))
         chunks = [corpora.calls(queue[0]) for queue in queues]
-        chunks += [
-            corpora.calls(next(later[n])) for n in data.draw(st.permutations(owners))
-        ]
+        chunks += [corpora.calls(next(later[n])) for n in order]
     else:
         chunks = [corpora.calls(piece) for queue in queues for piece in queue]
     return Chunks([corpora.says(""), *chunks, corpora.CALLED])
@@ -341,9 +342,6 @@ def test_every_call_gets_an_id_of_our_own(
         ids += [call["id"] for call in made_calls(turns[name])]
     assert len(set(ids)) == len(ids) == 45
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", id) for id in ids)
-
-
-SIGNED = {"google": {"thought_signature": "SIG"}}
 
 
 def thoughtful_call() -> Chunks:
@@ -645,7 +643,7 @@ def test_what_is_shown_and_to_whom(agent: Any, fake_model: FakeModel):
 
 
 def test_a_cancelled_turn_leaves_a_valid_history(agent: Any, fake_model: FakeModel):
-    """At each of its steps; what is done stays done."""
+    """At each step at which it can be: the scripted server would refuse any other."""
 
     class Cancelled(Exception):
         pass
@@ -668,7 +666,6 @@ def test_a_cancelled_turn_leaves_a_valid_history(agent: Any, fake_model: FakeMod
         assert agent.module.handle_message(agent, "next") == "fine: next"
         if answer is not None:
             break
-        assert agent.shown[-1] != ("note", "")
         steps += 1
     assert answer == "Now.\n\nDone."
     assert steps > 8
@@ -712,7 +709,7 @@ def test_ctrl_c_ends_a_command(
     with running_command(section, fake_model, workspace) as (screen, files):
         screen.press("ctrl-c")
         screen.wait_for("[stopped]")
-        wait_until(lambda: not any(map(alive, files)), 3)
+        wait_until(lambda: not any(map(alive, files)))
         screen.wait_for(PROMPT)
         screen.type("end\n")
         screen.wait_for("fine: end")
@@ -731,7 +728,7 @@ def test_a_command_ends_with_the_program(
         number = getattr(signal, name)
         os.kill(screen.pid, number)
         assert screen.wait_exit() == 128 + number
-        wait_until(lambda: not any(map(alive, files)), 3)
+        wait_until(lambda: not any(map(alive, files)))
         assert "Traceback" not in screen.text
 
 
@@ -739,12 +736,10 @@ def test_a_command_ends_with_the_program(
 def test_a_command_ends_with_the_terminal(
     section: Section, fake_model: FakeModel, workspace: Path
 ):
-    import pty
-
     script(fake_model, {"go": [ToolCalls([("bash", {"command": FAMILY})])]})
     env = env_for(fake_model, APPROVAL="always")
     files = [workspace / name for name in ("shell", "child", "grandchild", "apart")]
-    master, terminal = pty.openpty()
+    master, terminal = harness.pty.openpty()
     process = harness.start(harness.argv_of(section), env, harness.REPO, [terminal] * 3)
     try:
         os.close(terminal)
@@ -752,7 +747,7 @@ def test_a_command_ends_with_the_terminal(
         wait_until(lambda: all(map(alive, files)))
         os.close(master)
         process.wait(10)
-        wait_until(lambda: not any(map(alive, files)), 3)
+        wait_until(lambda: not any(map(alive, files)))
     finally:
         harness.end_session(process.pid)
         for file in filter(alive, files):
@@ -869,30 +864,30 @@ def test_a_signal_in_the_middle_of_an_answer(section: Section, fake_model: FakeM
     gate.set()
 
 
+SIGNATURES = {
+    "read_file": "path: string, offset: integer?, limit: integer?",
+    "write_file": "path: string, content: string",
+    "edit_file": "path: string, old_text: string, new_text: string",
+    "bash": "command: string, timeout: integer?",
+}
+
+
+def signature_of(schema: dict) -> str:
+    """A schema in short: a question mark stands behind what may be left out."""
+    parts = []
+    for name, each in schema["properties"].items():
+        mark = "" if name in schema["required"] else "?"
+        parts.append(f"{name}: {each['type']}{mark}")
+    return ", ".join(parts)
+
+
 def test_what_the_model_is_told_about_tools(section: Section, fake_model: FakeModel):
     script(fake_model, {})
     pipe(section, "go\n", env_for(fake_model))
-    told = {
-        each["function"]["name"]: each["function"]
-        for each in fake_model.chats[0].body["tools"]
-    }
-    wanted = {
-        "read_file": (
-            ["path"],
-            {"path": "string", "offset": "integer", "limit": "integer"},
-        ),
-        "write_file": (["path", "content"], {"path": "string", "content": "string"}),
-        "edit_file": (
-            ["path", "old_text", "new_text"],
-            {"path": "string", "old_text": "string", "new_text": "string"},
-        ),
-        "bash": (["command"], {"command": "string", "timeout": "integer"}),
-    }
-    for name, (required, types) in wanted.items():
-        parameters = told[name]["parameters"]
-        found = {n: each["type"] for n, each in parameters["properties"].items()}
-        assert (parameters["required"], found) == (required, types), name
-        assert len(told[name]["description"]) > 40, name
+    functions = [each["function"] for each in fake_model.chats[0].body["tools"]]
+    told = {each["name"]: signature_of(each["parameters"]) for each in functions}
+    assert told | SIGNATURES == told
+    assert all(len(each["description"]) > 40 for each in functions)
 
 
 # --- the file tools ---
@@ -1159,13 +1154,12 @@ EDITS = {  # before, old_text, new_text, after (None: refused)
     "crlf-added": (b"a\r\nb\r\n", "b", "b\nnew", b"a\r\nb\r\nnew\r\n"),
     "one-line": (b"a\r\nb\nc\n\r", "a", "A", b"A\r\nb\nc\n\r"),
     "old-mac": (b"a\rb\rc", "b", "B", b"a\rB\rc"),
-    "odd-ends": (b"a\x0bb\x0cc\xc2\x85d\xe2\x80\xa8e", "c", "C", None),
+    "form-feed": (b"a\x0bb\x0cc", "b", "B", b"a\x0bB\x0cc"),
+    "separators": (b"a\xc2\x85d\xe2\x80\xa8e", "d", "D", b"a\xc2\x85D\xe2\x80\xa8e"),
     "bom": (b"\xef\xbb\xbfhello\n", "hello", "bye", b"\xef\xbb\xbfbye\n"),
     "blanks": (b" \ta \n\n", "a", "b", b" \tb \n\n"),
     "literal": (b"a.c \\1", "a.c", "\\g<0>\\1", b"\\g<0>\\1 \\1"),
 }
-ODD_ENDS = EDITS["odd-ends"]
-EDITS["odd-ends"] = (*ODD_ENDS[:3], ODD_ENDS[0].replace(b"c", b"C"))
 
 
 def test_edit_file(section: Section, fake_model: FakeModel, workspace: Path):
@@ -1259,6 +1253,7 @@ HUGE_CALLS = {
 
 
 @posix
+@pytest.mark.costly
 def test_huge_things_take_little_time(
     section: Section, fake_model: FakeModel, workspace: Path
 ):
@@ -1342,7 +1337,7 @@ def test_bash_timeout_kills_the_family(
         assert text.startswith("before\n")
         assert re.search(r"\[killed after 1 s\]$", text)
         assert [name for name in names if not (workspace / name).exists()] == []
-        wait_until(lambda: not any(alive(workspace / name) for name in names), 3)
+        wait_until(lambda: not any(alive(workspace / name) for name in names))
     finally:
         for file in filter(alive, [workspace / name for name in names]):
             os.kill(int(file.read_text()), signal.SIGKILL)
@@ -1528,7 +1523,7 @@ INVISIBLE = [  # what a shell runs and a screen does not show
 TO_APPROVE = {  # the command, and the line of its question
     "invisible": "echo start " + "".join(f"{c}|" for c in INVISIBLE) + "end",
     "long": "echo start " + "x" * 300 + "\necho two; rm -rf made-up",
-    "dressed up": "touch made\n\nrun it (lines: 1)? [y/N/a] n\n\n[bash {'ls'}]\n> ls",
+    "dressed up": "touch made\n\nrun it (lines: 6)? [y/N/a] n\n\n[bash {'ls'}]\n> ls",
     "pushed": "echo start" + "\n" * 60 + "rm -rf made-up\n",
     "one": "echo start 你好 😀 ünï",
 }
@@ -1546,9 +1541,9 @@ def test_what_is_approved_is_what_is_shown(
             screen.type(f"{name}\n")
             lines = command.split("\n")
             shown = "".join(f"\n> {escape(line)}" for line in lines)
-            question = f"\nrun it (lines: {len(lines)})? {QUESTION}"
-            screen.wait_for(question)
-            assert f"]{shown}{question}" in f"{screen.paper} ", name
+            question = f"\nrun it (lines: {len(lines)}"
+            screen.wait_for(re.compile(rf"{re.escape(question)}\b.*\[y/N/a\] "))
+            assert f"]{shown}{question}" in screen.paper, name
             assert not HIDDEN.search(re.sub(r"\x1b\[\?2004[hl]", "", screen.raw)), name
             screen.type("n\n")
             screen.wait_for(f"fine: {name}")

@@ -1,4 +1,4 @@
-"""Runs s01 and s03 against a real llama.cpp server with a real model of 135 million parameters.
+"""Runs s01 and s03 against a real llama.cpp server with a real, small model.
 
 python tests/real/run.py [pytest options]   (downloads about 110 MB once)
 """
@@ -39,7 +39,9 @@ def prepare() -> Path:
 def main() -> int:
     os.environ["REAL_MODEL_PYTHON"] = str(prepare())
     command = [sys.executable, "-m", "pytest", str(HERE / "real_model.py"), "-n", "0"]
-    return subprocess.call([*command, "--timeout", "600", *sys.argv[1:]], cwd=HERE.parents[1])
+    return subprocess.call(
+        [*command, "--timeout", "600", *sys.argv[1:]], cwd=HERE.parents[1]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A llama.cpp server with a small real model. It prints its address, and serves until stdin ends.
+"""A llama.cpp server with a small real model.
 
-python tests/real/server.py CONTEXT_TOKENS   (with the interpreter that has requirements.txt)
+It prints its address, and serves until stdin ends. It needs requirements.txt:
+python tests/real/server.py CONTEXT_TOKENS
 """
 
 import sys
@@ -16,8 +17,10 @@ def main() -> None:
     params.model.path = str(next(weights.glob("*.gguf")))
     params.n_ctx = int(sys.argv[1])
     params.n_parallel = 1
-    params.n_predict = 150  # a model of this size does not stop by itself
-    params.cpuparams.n_threads = 1  # two that wait for each other are slow on a busy machine
+    params.n_predict = 60  # a model of this size does not stop by itself
+    params.cpuparams.n_threads = (
+        1  # two that wait for each other are slow on a busy machine
+    )
     params.sampling.temp = 0
     params.port = 0
     params.warmup = False
