@@ -1,11 +1,13 @@
 """Sessions and the context guard (s03): nothing said is lost, or grows too long."""
 
 import contextlib
+import io
 import json
 import os
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 import unicodedata
@@ -1135,6 +1137,17 @@ def test_a_call_that_is_sure_to_overflow_is_not_sent(desk: Desk, text: str):
     assert max(sizes) > 2000
 
 
+@since("s03")
+def test_a_history_much_larger_than_the_window(desk: Desk):
+    """A smaller model takes over: the request for a summary fits it, too."""
+    desk.run(*(f"say {number} {'words ' * 600}" for number in range(25)))
+    calls = len(desk.server.chats)
+    assert "heard now" in desk.run("say now", CONTEXT_TOKENS="4096")
+    sizes = [counted(chat.body) for chat in desk.server.chats[calls:]]
+    assert len(sizes) == 2 and max(sizes) <= 4096, sizes
+    assert "the summary" in json.dumps(desk.sent())
+
+
 # --- the window ---
 
 
@@ -1506,11 +1519,15 @@ def test_an_append_is_on_disk_when_it_returns(session, monkeypatch: pytest.Monke
 
 
 @since("s03")
-def test_appends_from_many_threads(section, session):
+def test_appends_from_many_threads(session, monkeypatch: pytest.MonkeyPatch):
     """All there, each intact, in each thread's order, and as in memory."""
 
+    monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0))  # others go first
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
     def write(thread: int) -> None:
-        for number in range(25):
+        for number in range(100):
             text = f"{thread} {number} " + "很" * (number * 37 % 400)
             session.append({"role": "user", "content": text})
 
@@ -1519,13 +1536,16 @@ def test_appends_from_many_threads(section, session):
         thread.start()
     for thread in threads:
         thread.join(30)
+    sys.setswitchinterval(before)
     records = [json.loads(line) for line in session.path.read_bytes().splitlines()]
     messages = [record["message"] for record in records]
-    assert messages == list(session) and len(messages) == 8 * 25
+    assert messages == list(session) and len(messages) == 8 * 100
     for thread in range(8):
         texts = [text for text in contents(messages) if text.split()[0] == str(thread)]
-        assert [int(text.split()[1]) for text in texts] == list(range(25))
-        assert [text.count("很") for text in texts] == [n * 37 % 400 for n in range(25)]
+        assert [int(text.split()[1]) for text in texts] == list(range(100))
+        assert [text.count("很") for text in texts] == [
+            n * 37 % 400 for n in range(100)
+        ]
 
 
 @since("s03")
@@ -1546,6 +1566,32 @@ def test_append_after_one_that_failed(section, session, monkeypatch):
     replayed = [json.loads(line)["message"] for line in lines]
     assert replayed == list(session), "memory and log agree"
     assert contents(held) in (["one"], ["one", "two"])
+
+
+class HalfFull(io.FileIO):
+    """A file on a disk that takes half of what is written."""
+
+    def write(self, data: bytes) -> int:
+        return super().write(data[: len(data) // 2])
+
+
+@since("s03")
+def test_a_record_that_did_not_fit_leaves_nothing_behind(section, tmp_path: Path):
+    """When there is room again, the next record is a line of its own."""
+    module = section.load()
+    path = tmp_path / "one.jsonl"
+    path.touch()
+    session = module.Session(path)
+    question = {"role": "user", "content": "one"}
+    session.append(question)
+    module.open = lambda file, *_, **__: HalfFull(file, "ab")
+    with pytest.raises(OSError, match="disk is full"):
+        session.append({"role": "assistant", "content": "two"})
+    del module.open
+    answer = {"role": "assistant", "content": "three"}
+    session.append(answer)
+    assert list(session) == list(module.Session(path)) == [question, answer]
+    assert len(path.read_bytes().splitlines()) == 2
 
 
 @since("s03")

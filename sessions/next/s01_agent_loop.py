@@ -62,16 +62,16 @@ def call_model(agent: Agent) -> Reply:
     Returns the whole reply. Raises OpenAIError if the answer breaks off.
     """
     reply = Reply({"role": "assistant"})
-    text = AnswerText()
+    cleaner = AnswerCleaner()
     pieces = []
     request = {**agent.options, "messages": list(agent.messages)}
     create = agent.client.chat.completions.with_streaming_response.create
-    # `extra_body` is sent as it is. The openai package would check each of the messages
-    # if it got them as an argument, which takes about a second for 2,000 of them.
+    # The response is read here, and `extra_body` is sent as it is, over the two empty
+    # arguments. The openai package would check 2,000 messages for half a second.
     with create(model="", messages=[], extra_body=request) as response:
         for event in read_events(response):
-            new_text = add_event(reply, event)
-            piece = text.feed(new_text, reply.finish_reason)
+            text = add_event(reply, event)
+            piece = cleaner.feed(text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
     if not reply.finish_reason:
@@ -84,7 +84,7 @@ def call_model(agent: Agent) -> Reply:
 
 
 def agent_turn(agent: Agent) -> str:
-    """Have the model answer the last message; once more if it says nothing."""
+    """Have the model answer the last message. An empty answer is asked for again."""
     for _ in range(2):
         reply = call_model(agent)
         answer = reply.message["content"]
@@ -104,7 +104,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If nothing comes of it, say why, take it back, return None."""
+    """Answer a message. If that fails, take the message back, say why, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.messages.append(question)
@@ -113,7 +113,7 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:  # no answer has come after it
+    if list(agent.messages)[-1:] == [question]:  # nothing has come after it
         agent.messages.pop()
     agent.show(reason, "note")
     return None
@@ -136,7 +136,7 @@ def explain(error: Exception) -> str:
         hint = HINTS.get(error.status_code, "")
         text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
-        text = f"{error} {error.__cause__ or ''}"
+        text = f"{error} {error.__cause__ or ''}"  # such as: Connection refused
     else:
         text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:500]
@@ -153,7 +153,7 @@ def show(text: str, kind: str = "answer") -> None:
 # Settings
 
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this script's name
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # s01, for example
 
 
 def load_agent() -> Agent:
@@ -190,7 +190,7 @@ def load_options() -> dict:
         "stream": True,
         **json.loads(os.getenv("MODEL_OPTIONS") or "{}"),
     }
-    if options["stream"]:
+    if options["stream"]:  # without a stream, some servers refuse the next option
         options.setdefault("stream_options", {"include_usage": True})
     return options
 
@@ -221,7 +221,7 @@ def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
     The openai package has a function for this, too, but it also splits at U+2028, a
     rare line separator that may stand inside an answer.
     """
-    parts = []  # of a line that is not complete yet
+    parts = []  # of a line whose end has not arrived yet
     for block in response.iter_bytes():
         for part in block.splitlines(keepends=True):
             parts.append(part)
@@ -245,7 +245,7 @@ def add_event(reply: Reply, event: dict) -> str:
     return delta.get("content") or delta.get("refusal") or ""
 
 
-class AnswerText:
+class AnswerCleaner:
     """Turns what a server sends as the text of an answer into what a person should see.
 
     Some models write their thoughts before the answer, between <think> and </think>:
@@ -261,7 +261,7 @@ class AnswerText:
     def feed(self, piece: str, finish_reason: str) -> str:
         """Take in the next piece of text. Returns what can be shown of it.
 
-        Nothing is held back once there is a finish reason: no more text will come.
+        Once there is a finish reason, no more text will come, and nothing has to wait.
         """
         # Each half of an emoji is two bytes in UTF-16: the decoder waits for all four.
         data = piece.encode("utf-16-le", "surrogatepass")
@@ -272,7 +272,8 @@ class AnswerText:
         if self.pending.startswith(OPENING_TAG):
             closing = CLOSING_TAG.search(self.pending)
             if not closing:
-                # Keep what may be the beginning of </thinking>, 11 characters at most.
+                # Forget the thoughts so far, but neither that they have begun nor what
+                # may be the beginning of </thinking>, 11 characters at most.
                 self.pending = OPENING_TAG + self.pending[-11:]
                 return ""
             self.pending = self.pending[closing.end() :].lstrip()
@@ -285,6 +286,16 @@ class AnswerText:
 # --- main ---
 
 
+def prepare_terminal() -> None:
+    """Let arrow keys edit a line and recall older ones; survive bytes of no UTF-8."""
+    with suppress(ImportError):  # Windows has no readline
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+
+
 def talk(on_line: Callable) -> None:
     """Read line after line, and call `on_line` with each, until the person leaves."""
     while True:
@@ -295,16 +306,6 @@ def talk(on_line: Callable) -> None:
             return
         if line.strip():
             on_line(line)
-
-
-def prepare_terminal() -> None:
-    """Let arrow keys edit a line and recall older ones; survive bytes of no text."""
-    with suppress(ImportError):  # Windows has no readline
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
 
 
 def handle_line(agent: Agent, line: str) -> None:

@@ -68,7 +68,7 @@ class Agent:
     check_path: Callable  # check_path(agent, file, is_write) raises if it is off limits
     system: str = ""  # instructions that stand before the conversation
     check_cancelled: Callable = do_nothing  # from s10 on: raises after /stop
-    note_waiting: Callable = do_nothing  # gets what the turn waits for, to stop it
+    note_waiting: Callable = do_nothing  # told what the turn waits for, for /stop
 
 
 @dataclass
@@ -78,8 +78,8 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)  # raw, until the reply is complete
-    call_by_index: dict = field(default_factory=dict)  # where the next piece belongs
+    tool_calls: list = field(default_factory=list)  # see complete_message
+    call_by_index: dict = field(default_factory=dict)  # those that still arrive
     reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
@@ -89,20 +89,20 @@ def call_model(agent: Agent) -> Reply:
     Returns the whole reply. Raises OpenAIError if the answer breaks off.
     """
     reply = Reply({"role": "assistant"})
-    text = AnswerText()
+    cleaner = AnswerCleaner()
     pieces = []
     request = {**agent.options, "messages": request_messages(agent)}
     if agent.tools:
         request["tools"] = agent.tools
     create = agent.client.chat.completions.with_streaming_response.create
-    # `extra_body` is sent as it is. The openai package would check each of the messages
-    # if it got them as an argument, which takes about a second for 2,000 of them.
+    # The response is read here, and `extra_body` is sent as it is, over the two empty
+    # arguments. The openai package would check 2,000 messages for half a second.
     with create(model="", messages=[], extra_body=request) as response:
         agent.note_waiting(response)
         for event in read_events(response):
             agent.check_cancelled()
-            new_text = add_event(reply, event)
-            piece = text.feed(new_text, reply.finish_reason)
+            text = add_event(reply, event)
+            piece = cleaner.feed(text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
     if not reply.finish_reason:
@@ -139,7 +139,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If nothing comes of it, say why, take it back, return None."""
+    """Answer a message. If that fails, take the message back, say why, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.check_cancelled()
@@ -150,7 +150,7 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:  # no answer has come after it
+    if list(agent.messages)[-1:] == [question]:  # nothing has come after it
         agent.messages.pop()
     agent.show(reason, "note")
     return None
@@ -173,7 +173,7 @@ def explain(error: Exception) -> str:
         hint = HINTS.get(error.status_code, "")
         text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
-        text = f"{error} {error.__cause__ or ''}"
+        text = f"{error} {error.__cause__ or ''}"  # such as: Connection refused
     else:
         text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:500]
@@ -192,7 +192,7 @@ def show(text: str, kind: str = "answer") -> None:
 # Settings
 
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this script's name
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # s01, for example
 
 
 def load_agent() -> Agent:
@@ -231,7 +231,7 @@ def load_options() -> dict:
         "stream": True,
         **json.loads(os.getenv("MODEL_OPTIONS") or "{}"),
     }
-    if options["stream"]:
+    if options["stream"]:  # without a stream, some servers refuse the next option
         options.setdefault("stream_options", {"include_usage": True})
     return options
 
@@ -262,7 +262,7 @@ def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
     The openai package has a function for this, too, but it also splits at U+2028, a
     rare line separator that may stand inside an answer.
     """
-    parts = []  # of a line that is not complete yet
+    parts = []  # of a line whose end has not arrived yet
     for block in response.iter_bytes():
         for part in block.splitlines(keepends=True):
             parts.append(part)
@@ -289,7 +289,7 @@ def add_event(reply: Reply, event: dict) -> str:
     return delta.get("content") or delta.get("refusal") or ""
 
 
-class AnswerText:
+class AnswerCleaner:
     """Turns what a server sends as the text of an answer into what a person should see.
 
     Some models write their thoughts before the answer, between <think> and </think>:
@@ -305,7 +305,7 @@ class AnswerText:
     def feed(self, piece: str, finish_reason: str) -> str:
         """Take in the next piece of text. Returns what can be shown of it.
 
-        Nothing is held back once there is a finish reason: no more text will come.
+        Once there is a finish reason, no more text will come, and nothing has to wait.
         """
         # Each half of an emoji is two bytes in UTF-16: the decoder waits for all four.
         data = piece.encode("utf-16-le", "surrogatepass")
@@ -316,7 +316,8 @@ class AnswerText:
         if self.pending.startswith(OPENING_TAG):
             closing = CLOSING_TAG.search(self.pending)
             if not closing:
-                # Keep what may be the beginning of </thinking>, 11 characters at most.
+                # Forget the thoughts so far, but neither that they have begun nor what
+                # may be the beginning of </thinking>, 11 characters at most.
                 self.pending = OPENING_TAG + self.pending[-11:]
                 return ""
             self.pending = self.pending[closing.end() :].lstrip()
@@ -328,7 +329,7 @@ class AnswerText:
 
 # --- s02: tool use ---
 
-MAX_ROUNDS = 25  # model calls in one turn
+MAX_ROUNDS = 25  # of a model call and the tools that it asks for, in one turn
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -354,8 +355,8 @@ def tool(handler: Callable) -> Callable:
 def ask_model(agent: Agent, texts: list[str]) -> Reply:
     """Call the model, keep its message, and add what it says to the texts of the turn.
 
-    A model that neither says anything nor asks for a tool is asked once more, unless it
-    has said something in this turn: then it has said all.
+    As in s01, a model that says nothing (and asks for no tool) is asked once more. But
+    if it has said something earlier in this turn, it has said all.
     """
     for _ in range(2):
         agent.check_cancelled()
@@ -376,7 +377,7 @@ def run_tool(agent: Agent, call: dict) -> str:
     agent.check_cancelled()
     name = call["function"]["name"]
     arguments = call["function"]["arguments"]
-    agent.show(f"{name} {arguments[:80]}", "tool_call")
+    agent.show(f"{name} {' '.join(arguments.split())[:80]}", "tool_call")
     try:
         result = call_handler(agent, name, json.loads(arguments))
     except Exception as error:  # a tool may fail in any way, and the model must know
@@ -420,13 +421,13 @@ def tool_result(call: dict, text: str) -> dict:
 def unanswered_tool_calls(messages: list[dict]) -> list[dict]:
     """The tool calls of the last assistant message that have no result yet."""
     for result_count, message in enumerate(reversed(messages)):
-        if message["role"] != "tool":  # the results behind it belong to its first calls
+        if message["role"] != "tool":  # its first calls have the results behind it
             return message.get("tool_calls", [])[result_count:]
     return []
 
 
 def end_interrupted_turn(agent: Agent) -> None:
-    """Complete a turn that was cut off, so that the next question can follow it."""
+    """Complete the last turn, if it was cut off, so that a question can follow it."""
     for call in unanswered_tool_calls(list(agent.messages)):
         agent.messages.append(tool_result(call, INTERRUPTED))
     messages = list(agent.messages)
@@ -467,7 +468,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     What only this server understands becomes an extra, which goes back to it alone.
     """
     calls = []
-    signed_calls = []  # the same, with what Gemini adds to them: its signatures
+    signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
     for call in reply.tool_calls:
         calls.append(normalize_tool_call(call))
@@ -479,7 +480,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
         extras["tool_calls"] = signed_calls
     if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
         extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
-    if extras and is_json_object(json.dumps(extras)):
+    if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
         reply.message["extras"] = {str(agent.client.base_url): extras}
 
 
@@ -600,7 +601,7 @@ def read_file(agent: Agent, path: str, offset: int = 1, limit: int = 2000) -> st
 def write_file(agent: Agent, path: str, content: str) -> str:
     """Write a text file of the workspace. One that exists is replaced."""
     with FILE_LOCK:
-        replace_file(find_file(agent, path, is_write=True), content)
+        replace_file(find_file(agent, path, True), content)
     return f"wrote {path}"
 
 
@@ -608,7 +609,7 @@ def write_file(agent: Agent, path: str, content: str) -> str:
 def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     """Replace a passage of a text file. `old_text` must occur in it exactly once."""
     with FILE_LOCK:
-        file = find_file(agent, path, is_write=True)
+        file = find_file(agent, path, True)
         text = load_text(file)
         if "\r\n" in text:  # models write \n
             old_text = re.sub("\r?\n", "\r\n", old_text)
@@ -651,7 +652,7 @@ def bash(agent: Agent, command: str, timeout: int = 120) -> str:
     It gets no input. The person may refuse it; then try no other way.
     """
     if not is_approved(agent.approval, command):
-        return "error: not allowed; that takes a yes at the terminal, or APPROVAL"
+        raise ValueError("not allowed: the person said no, or nobody was asked")
     return run_command(agent, command, timeout)
 
 
@@ -694,7 +695,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
     """Run a command. Returns what it has printed, and how it ended."""
     mark = f"AGENT_COMMAND={uuid4().hex}"  # a variable that all its processes inherit
     process = subprocess.Popen(
-        ["env", mark, "bash", "-c", command],  # kill_command finds the mark in here
+        ["env", mark, "bash", "-c", command],
         cwd=agent.workspace,
         env={name: os.environ[name] for name in os.environ if not SECRET.search(name)},
         stdin=subprocess.DEVNULL,
@@ -717,6 +718,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
             kill_command(process)
     reader.join(1)  # a process left in the background may keep the pipe open
     text = output.decode(errors="replace").rstrip()
+    # Cut it here, so that the ending is not lost in run_tool's cut.
     return f"{cut_middle(text, MAX_RESULT - 100)}\n[{ending}]"
 
 
@@ -725,14 +727,14 @@ def collect_output(process: subprocess.Popen, output: bytearray) -> None:
     keep = 4 * MAX_RESULT  # bytes at each end; a character has up to 4
     while block := process.stdout.read1(65536):
         output += block
-        del output[keep:-keep]
+        del output[keep:-keep]  # nothing, while it is short
 
 
 def kill_command(process: subprocess.Popen) -> None:
     """Kill a command, and every process that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    mark = process.args[1].encode()
+    mark = process.args[1].encode()  # AGENT_COMMAND=..., see run_command
     for environment in Path("/proc").glob("[0-9]*/environ"):  # none but on Linux
         with suppress(OSError):  # it has ended, or belongs to somebody else
             if mark in environment.read_bytes():
@@ -741,10 +743,22 @@ def kill_command(process: subprocess.Popen) -> None:
 
 def exit_on_signal(number, frame) -> None:
     """End the program on a signal as `exit` would, through every `finally`."""
-    sys.exit(128 + number)
+    sys.exit(1)
 
 
 # --- main ---
+
+
+def prepare_terminal() -> None:
+    """Let arrow keys edit a line and recall older ones; survive bytes of no UTF-8."""
+    with suppress(ImportError):  # Windows has no readline
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    for name in ("SIGTERM", "SIGHUP"):  # the latter is unknown to Windows
+        signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
 
 
 def talk(on_line: Callable) -> None:
@@ -757,18 +771,6 @@ def talk(on_line: Callable) -> None:
             return
         if line.strip():
             on_line(line)
-
-
-def prepare_terminal() -> None:
-    """Let arrow keys edit a line and recall older ones; survive bytes of no text."""
-    with suppress(ImportError):  # Windows has no readline
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):  # a command that runs then ends, too
-        signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
 
 
 def handle_line(agent: Agent, line: str) -> None:

@@ -63,7 +63,7 @@ class Agent:
 
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
-    messages: list[dict]
+    messages: "Session"
     show: Callable  # show(text, kind): a piece of an "answer", or a "note"
     tools: list[dict]  # what the model may ask for
     workspace: Path  # the folder that tools work in
@@ -71,10 +71,10 @@ class Agent:
     check_path: Callable  # check_path(agent, file, is_write) raises if it is off limits
     system: str = ""  # instructions that stand before the conversation
     check_cancelled: Callable = do_nothing  # from s10 on: raises after /stop
-    note_waiting: Callable = do_nothing  # gets what the turn waits for, to stop it
+    note_waiting: Callable = do_nothing  # told what the turn waits for, for /stop
     session_key: str = "agent:main:main"  # whose conversation it is
-    store: "SessionStore | None" = None
-    guard: "ContextGuard | None" = None
+    store: "SessionStore | None" = None  # where the sessions are
+    guard: "ContextGuard | None" = None  # calls the model
 
 
 @dataclass
@@ -84,8 +84,8 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)  # raw, until the reply is complete
-    call_by_index: dict = field(default_factory=dict)  # where the next piece belongs
+    tool_calls: list = field(default_factory=list)  # see complete_message
+    call_by_index: dict = field(default_factory=dict)  # those that still arrive
     reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
@@ -95,20 +95,20 @@ def call_model(agent: Agent) -> Reply:
     Returns the whole reply. Raises OpenAIError if the answer breaks off.
     """
     reply = Reply({"role": "assistant"})
-    text = AnswerText()
+    cleaner = AnswerCleaner()
     pieces = []
     request = {**agent.options, "messages": request_messages(agent)}
     if agent.tools:
         request["tools"] = agent.tools
     create = agent.client.chat.completions.with_streaming_response.create
-    # `extra_body` is sent as it is. The openai package would check each of the messages
-    # if it got them as an argument, which takes about a second for 2,000 of them.
+    # The response is read here, and `extra_body` is sent as it is, over the two empty
+    # arguments. The openai package would check 2,000 messages for half a second.
     with create(model="", messages=[], extra_body=request) as response:
         agent.note_waiting(response)
         for event in read_events(response):
             agent.check_cancelled()
-            new_text = add_event(reply, event)
-            piece = text.feed(new_text, reply.finish_reason)
+            text = add_event(reply, event)
+            piece = cleaner.feed(text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
     if not reply.finish_reason:
@@ -145,7 +145,7 @@ def show_finish_note(agent: Agent, finish_reason: str) -> str:
 
 
 def handle_message(agent: Agent, text: str) -> str | None:
-    """Answer a message. If nothing comes of it, say why, take it back, return None."""
+    """Answer a message. If that fails, take the message back, say why, return None."""
     question = {"role": "user", "content": text}
     try:
         agent.check_cancelled()
@@ -156,7 +156,7 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:  # no answer has come after it
+    if list(agent.messages)[-1:] == [question]:  # nothing has come after it
         agent.messages.pop()
     agent.show(reason, "note")
     return None
@@ -179,7 +179,7 @@ def explain(error: Exception) -> str:
         hint = HINTS.get(error.status_code, "")
         text = f"HTTP {error.status_code}{hint}: {error.response.text}"
     elif isinstance(error, openai.OpenAIError):
-        text = f"{error} {error.__cause__ or ''}"
+        text = f"{error} {error.__cause__ or ''}"  # such as: Connection refused
     else:
         text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:500]
@@ -198,7 +198,7 @@ def show(text: str, kind: str = "answer") -> None:
 # Settings
 
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # this script's name
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # s01, for example
 
 
 def load_agent() -> Agent:
@@ -237,7 +237,7 @@ def load_options() -> dict:
         "stream": True,
         **json.loads(os.getenv("MODEL_OPTIONS") or "{}"),
     }
-    if options["stream"]:
+    if options["stream"]:  # without a stream, some servers refuse the next option
         options.setdefault("stream_options", {"include_usage": True})
     return options
 
@@ -268,7 +268,7 @@ def read_lines(response: openai.APIResponse) -> Iterator[bytes]:
     The openai package has a function for this, too, but it also splits at U+2028, a
     rare line separator that may stand inside an answer.
     """
-    parts = []  # of a line that is not complete yet
+    parts = []  # of a line whose end has not arrived yet
     for block in response.iter_bytes():
         for part in block.splitlines(keepends=True):
             parts.append(part)
@@ -295,7 +295,7 @@ def add_event(reply: Reply, event: dict) -> str:
     return delta.get("content") or delta.get("refusal") or ""
 
 
-class AnswerText:
+class AnswerCleaner:
     """Turns what a server sends as the text of an answer into what a person should see.
 
     Some models write their thoughts before the answer, between <think> and </think>:
@@ -311,7 +311,7 @@ class AnswerText:
     def feed(self, piece: str, finish_reason: str) -> str:
         """Take in the next piece of text. Returns what can be shown of it.
 
-        Nothing is held back once there is a finish reason: no more text will come.
+        Once there is a finish reason, no more text will come, and nothing has to wait.
         """
         # Each half of an emoji is two bytes in UTF-16: the decoder waits for all four.
         data = piece.encode("utf-16-le", "surrogatepass")
@@ -322,7 +322,8 @@ class AnswerText:
         if self.pending.startswith(OPENING_TAG):
             closing = CLOSING_TAG.search(self.pending)
             if not closing:
-                # Keep what may be the beginning of </thinking>, 11 characters at most.
+                # Forget the thoughts so far, but neither that they have begun nor what
+                # may be the beginning of </thinking>, 11 characters at most.
                 self.pending = OPENING_TAG + self.pending[-11:]
                 return ""
             self.pending = self.pending[closing.end() :].lstrip()
@@ -334,7 +335,7 @@ class AnswerText:
 
 # --- s02: tool use ---
 
-MAX_ROUNDS = 25  # model calls in one turn
+MAX_ROUNDS = 25  # of a model call and the tools that it asks for, in one turn
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -360,12 +361,12 @@ def tool(handler: Callable) -> Callable:
 def ask_model(agent: Agent, texts: list[str]) -> Reply:
     """Call the model, keep its message, and add what it says to the texts of the turn.
 
-    A model that neither says anything nor asks for a tool is asked once more, unless it
-    has said something in this turn: then it has said all.
+    As in s01, a model that says nothing (and asks for no tool) is asked once more. But
+    if it has said something earlier in this turn, it has said all.
     """
     for _ in range(2):
         agent.check_cancelled()
-        reply = agent.guard.call_model(agent)
+        reply = agent.guard.call_with_room(agent)
         text = reply.message["content"]
         if text.strip():
             texts.append(text)
@@ -382,7 +383,7 @@ def run_tool(agent: Agent, call: dict) -> str:
     agent.check_cancelled()
     name = call["function"]["name"]
     arguments = call["function"]["arguments"]
-    agent.show(f"{name} {arguments[:80]}", "tool_call")
+    agent.show(f"{name} {' '.join(arguments.split())[:80]}", "tool_call")
     try:
         result = call_handler(agent, name, json.loads(arguments))
     except Exception as error:  # a tool may fail in any way, and the model must know
@@ -426,13 +427,13 @@ def tool_result(call: dict, text: str) -> dict:
 def unanswered_tool_calls(messages: list[dict]) -> list[dict]:
     """The tool calls of the last assistant message that have no result yet."""
     for result_count, message in enumerate(reversed(messages)):
-        if message["role"] != "tool":  # the results behind it belong to its first calls
+        if message["role"] != "tool":  # its first calls have the results behind it
             return message.get("tool_calls", [])[result_count:]
     return []
 
 
 def end_interrupted_turn(agent: Agent) -> None:
-    """Complete a turn that was cut off, so that the next question can follow it."""
+    """Complete the last turn, if it was cut off, so that a question can follow it."""
     for call in unanswered_tool_calls(list(agent.messages)):
         agent.messages.append(tool_result(call, INTERRUPTED))
     messages = list(agent.messages)
@@ -473,7 +474,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     What only this server understands becomes an extra, which goes back to it alone.
     """
     calls = []
-    signed_calls = []  # the same, with what Gemini adds to them: its signatures
+    signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
     for call in reply.tool_calls:
         calls.append(normalize_tool_call(call))
@@ -485,7 +486,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
         extras["tool_calls"] = signed_calls
     if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
         extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
-    if extras and is_json_object(json.dumps(extras)):
+    if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
         reply.message["extras"] = {str(agent.client.base_url): extras}
 
 
@@ -606,7 +607,7 @@ def read_file(agent: Agent, path: str, offset: int = 1, limit: int = 2000) -> st
 def write_file(agent: Agent, path: str, content: str) -> str:
     """Write a text file of the workspace. One that exists is replaced."""
     with FILE_LOCK:
-        replace_file(find_file(agent, path, is_write=True), content)
+        replace_file(find_file(agent, path, True), content)
     return f"wrote {path}"
 
 
@@ -614,7 +615,7 @@ def write_file(agent: Agent, path: str, content: str) -> str:
 def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     """Replace a passage of a text file. `old_text` must occur in it exactly once."""
     with FILE_LOCK:
-        file = find_file(agent, path, is_write=True)
+        file = find_file(agent, path, True)
         text = load_text(file)
         if "\r\n" in text:  # models write \n
             old_text = re.sub("\r?\n", "\r\n", old_text)
@@ -657,7 +658,7 @@ def bash(agent: Agent, command: str, timeout: int = 120) -> str:
     It gets no input. The person may refuse it; then try no other way.
     """
     if not is_approved(agent.approval, command):
-        return "error: not allowed; that takes a yes at the terminal, or APPROVAL"
+        raise ValueError("not allowed: the person said no, or nobody was asked")
     return run_command(agent, command, timeout)
 
 
@@ -700,7 +701,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
     """Run a command. Returns what it has printed, and how it ended."""
     mark = f"AGENT_COMMAND={uuid4().hex}"  # a variable that all its processes inherit
     process = subprocess.Popen(
-        ["env", mark, "bash", "-c", command],  # kill_command finds the mark in here
+        ["env", mark, "bash", "-c", command],
         cwd=agent.workspace,
         env={name: os.environ[name] for name in os.environ if not SECRET.search(name)},
         stdin=subprocess.DEVNULL,
@@ -723,6 +724,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
             kill_command(process)
     reader.join(1)  # a process left in the background may keep the pipe open
     text = output.decode(errors="replace").rstrip()
+    # Cut it here, so that the ending is not lost in run_tool's cut.
     return f"{cut_middle(text, MAX_RESULT - 100)}\n[{ending}]"
 
 
@@ -731,14 +733,14 @@ def collect_output(process: subprocess.Popen, output: bytearray) -> None:
     keep = 4 * MAX_RESULT  # bytes at each end; a character has up to 4
     while block := process.stdout.read1(65536):
         output += block
-        del output[keep:-keep]
+        del output[keep:-keep]  # nothing, while it is short
 
 
 def kill_command(process: subprocess.Popen) -> None:
     """Kill a command, and every process that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    mark = process.args[1].encode()
+    mark = process.args[1].encode()  # AGENT_COMMAND=..., see run_command
     for environment in Path("/proc").glob("[0-9]*/environ"):  # none but on Linux
         with suppress(OSError):  # it has ended, or belongs to somebody else
             if mark in environment.read_bytes():
@@ -747,20 +749,20 @@ def kill_command(process: subprocess.Popen) -> None:
 
 def exit_on_signal(number, frame) -> None:
     """End the program on a signal as `exit` would, through every `finally`."""
-    sys.exit(128 + number)
+    sys.exit(1)
 
 
 # --- s03: sessions and context ---
 
 # The log of a conversation
 
-RECORD = pydantic.TypeAdapter(dict)
+RECORD = pydantic.TypeAdapter(dict)  # its validate_json accepts only JSON objects
 
 
 def read_records(path: Path) -> list[dict]:
     """The records of a log. A torn last line is set aside, a damaged one left out."""
     *lines, torn = path.read_bytes().split(b"\n")
-    if torn:  # something follows the last newline
+    if torn:  # what follows the last newline: nothing after a whole line
         path.with_suffix(".torn").write_bytes(torn)
         os.truncate(path, path.stat().st_size - len(torn))
         print(f"[{path.name}: the last line was torn, and is set aside]")
@@ -781,7 +783,7 @@ class Session:
         self.label = ""
         self.messages = []
         self.windows = {}  # for each model, in tokens, as its server has stated it
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # for later, when several turns run at once
         for record in read_records(path):
             self.apply(record)
         self.replace_all(repair_history(self.messages), "repaired")
@@ -794,7 +796,7 @@ class Session:
 
     def __str__(self) -> str:
         text = f"session {self.path.stem}, messages: {len(self)}, {self.label}"
-        return text.removesuffix(", ")
+        return text.removesuffix(", ")  # without a label
 
     def append(self, message: dict) -> None:
         """Add a message."""
@@ -855,7 +857,7 @@ def is_message(value: object) -> bool:
         case {"role": "tool", "content": str(), "tool_call_id": str()}:
             return True
         case {"role": "user" | "assistant", "content": str(), **others}:
-            return "tool_calls" not in others
+            return "tool_calls" not in others  # it is no list
     return False
 
 
@@ -907,7 +909,7 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            if read_header(path).get("key", key) == key:  # or its header is damaged
+            if read_header(path).get("key", key) == key:  # damaged: belongs to all
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 
@@ -920,7 +922,7 @@ class SessionStore:
 
     def resume(self, key: str) -> Session:
         """The session of a key in the index, else the last one, else a new one."""
-        path = self.folder / f"{self.read_index().get(key)}.jsonl"
+        path = self.folder / f"{self.read_index().get(key)}.jsonl"  # or None.jsonl
         if path.is_file():
             return Session(path)
         found = self.find(key)
@@ -985,20 +987,6 @@ def lock_workspace(folder: Path) -> None:
 
 # Keeping requests inside the model's window
 
-OVERFLOW = re.compile(
-    "context.?(length|size|window|limit)|n_ctx|tokens_limit|token limit"
-    "|maximum (input|prompt|model) length|maximum number of tokens|max_prompt_tokens"
-    "|max_seq_len|(input|prompt).{0,30}(too long|exceeds? (max|the)|length should be)"
-    "|input tokens exceed|too many (input )?tokens|more than max tokens|model maximum"
-    "|reduce the length of the messages|length of all messages|max_new_tokens. must be",
-    re.IGNORECASE,
-)
-# Such as "maximum context length is 8192 tokens", "13392 tokens > 8192 maximum".
-STATED_WINDOW = re.compile(
-    r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
-    r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
-    r"|(?:tokens allowed|max_\w{1,20})(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
-)
 SUMMARIZE = """Summarize this conversation for the assistant who has to go on with it.
 Keep names, numbers, paths, decisions, what was done, what failed and what is still to
 do. At most 300 words."""
@@ -1014,17 +1002,17 @@ class ContextGuard:
 
     def __init__(self, window: int) -> None:
         self.window = window  # in tokens, as CONTEXT_TOKENS says
-        self.tokens_per_estimate = 1.0
+        self.correction = 1.0  # what the estimates have to be multiplied by
 
-    def call_model(self, agent: Agent) -> Reply:
+    def call_with_room(self, agent: Agent) -> Reply:
         """Call the model; then with shorter tool results; then with a summary.
 
         Raises ContextOverflow, with the conversation as it was, if nothing helps.
         """
         before = list(agent.messages)
         steps = (
-            (self.shorten_results, 8),
-            (self.compact, 4),
+            (self.shorten_results, 8),  # each to an eighth of the room
+            (self.compact, 4),  # all but the latest quarter of it
             (self.shorten_results, 64),
         )
         try:
@@ -1035,7 +1023,7 @@ class ContextGuard:
                     self.check_last_message(agent)
                     make_room(agent, self.room(agent) // divisor)
             return self.attempt(agent)
-        except ContextOverflow:
+        except ContextOverflow:  # of the last attempt, or of check_last_message
             agent.messages.replace_all(before, "restored")
             raise
 
@@ -1057,12 +1045,12 @@ class ContextGuard:
         return reply
 
     def window_of(self, agent: Agent) -> int:
-        """The window of the model, in tokens: a server that states it is right."""
+        """The window in tokens: what CONTEXT_TOKENS or the server says, if less."""
         stated = agent.messages.windows.get(agent.options["model"], self.window)
         return min(stated, self.window)
 
     def room(self, agent: Agent) -> int:
-        """The tokens to fit into: the window, unless a server has refused even less."""
+        """What to get below: the window, or a refused request of even fewer tokens."""
         return min(self.window_of(agent), self.used_tokens(agent))
 
     def check_last_message(self, agent: Agent) -> None:
@@ -1074,7 +1062,7 @@ class ContextGuard:
 
     def estimate(self, value: object) -> int:
         """About how many tokens a value takes, by the server's last count."""
-        return int(estimate_tokens(value) * self.tokens_per_estimate)
+        return int(estimate_tokens(value) * self.correction)
 
     def used_tokens(self, agent: Agent) -> int:
         """About how many tokens the next request takes."""
@@ -1084,9 +1072,8 @@ class ContextGuard:
         """Correct the estimates by the tokens that the server has counted."""
         match reply.usage:
             case {"prompt_tokens": int(counted)}:
-                # `estimate` contains the factor so far.
-                factor = self.tokens_per_estimate * counted / estimate
-                self.tokens_per_estimate = min(max(factor, 0.25), 4)
+                uncorrected = estimate / self.correction
+                self.correction = min(max(counted / uncorrected, 0.25), 4)
 
     def shorten_results(self, agent: Agent, limit: int) -> None:
         """Cut the middle out of the tool results that have more than `limit` tokens."""
@@ -1119,6 +1106,7 @@ class ContextGuard:
             summary = "(The beginning is left out.)"
         head = [{"role": "user", "content": f"[The conversation so far]\n{summary}"}]
         if messages[start]["role"] == "user":
+            # Speakers have to take turns.
             head.append({"role": "assistant", "content": "I go on from there."})
         agent.messages.replace_all(head + messages[start:], "summarized")
         agent.show(note, "note")
@@ -1131,7 +1119,7 @@ class ContextGuard:
             limit -= self.estimate(messages[position])
             if limit < 0 and start < len(messages):  # at least one message stays
                 break
-            if messages[position]["role"] != "tool":
+            if messages[position]["role"] != "tool":  # its call stands before it
                 start = position
         return start
 
@@ -1148,7 +1136,8 @@ class ContextGuard:
         reply = call_model(helper)
         agent.check_cancelled()
         summary = reply.message["content"]
-        if reply.finish_reason in NOTES or not summary.strip():  # cut off, or empty
+        # The finish reasons in NOTES are those of answers that are not whole.
+        if reply.finish_reason in NOTES or not summary.strip():
             raise openai.OpenAIError("the model gave none")
         return summary
 
@@ -1168,6 +1157,24 @@ def cut_tokens(text: str, tokens: int) -> str:
     return cut_middle(text, max(len(text) * tokens // estimate, 200))
 
 
+# How servers say that a request is too long
+
+OVERFLOW = re.compile(
+    "context.?(length|size|window|limit)|n_ctx|tokens_limit|token limit"
+    "|maximum (input|prompt|model) length|maximum number of tokens|max_prompt_tokens"
+    "|max_seq_len|(input|prompt).{0,30}(too long|exceeds? (max|the)|length should be)"
+    "|input tokens exceed|too many (input )?tokens|more than max tokens|model maximum"
+    "|reduce the length of the messages|length of all messages|max_new_tokens. must be",
+    re.IGNORECASE,
+)
+# Such as "maximum context length is 8192 tokens", "13392 tokens > 8192 maximum".
+STATED_WINDOW = re.compile(
+    r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
+    r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
+    r"|(?:tokens allowed|max_\w{1,20})(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
+)
+
+
 def is_overflow(error: openai.OpenAIError) -> bool:
     """Whether a server has refused a request because it is too long."""
     status = getattr(error, "status_code", None)  # none in the middle of a stream
@@ -1179,7 +1186,7 @@ def is_overflow(error: openai.OpenAIError) -> bool:
 
 
 def error_text(error: openai.OpenAIError) -> str:
-    """What a server says about an error, without the question that it may quote."""
+    """What a server says about an error, in the fields that quote no question."""
     body = getattr(error, "body", None)
     if not isinstance(body, dict):
         return f"{error} {body}"
@@ -1287,6 +1294,18 @@ def open_session(agent: Agent) -> None:
 # --- main ---
 
 
+def prepare_terminal() -> None:
+    """Let arrow keys edit a line and recall older ones; survive bytes of no UTF-8."""
+    with suppress(ImportError):  # Windows has no readline
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    for name in ("SIGTERM", "SIGHUP"):  # the latter is unknown to Windows
+        signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
+
+
 def talk(on_line: Callable) -> None:
     """Read line after line, and call `on_line` with each, until the person leaves."""
     while True:
@@ -1297,18 +1316,6 @@ def talk(on_line: Callable) -> None:
             return
         if line.strip():
             on_line(line)
-
-
-def prepare_terminal() -> None:
-    """Let arrow keys edit a line and recall older ones; survive bytes of no text."""
-    with suppress(ImportError):  # Windows has no readline
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):  # a command that runs then ends, too
-        signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
 
 
 def handle_line(agent: Agent, line: str) -> None:

@@ -60,9 +60,9 @@ def call(folder: Path) -> None:
         url = stack.enter_context(quick_model())
         bare = stack.enter_context(Peer("bare SDK", url, python=sys.executable))
         ours = start_sections(stack, ["s01", "s02", "s03"], url, folder)
-        for length in ("1", "21", "201", "2001"):
+        for length, rounds in {"1": 100, "21": 100, "201": 50, "2001": 25}.items():
             peers = {peer.name: peer.timed(length) for peer in (bare, *ours)}
-            times = medians(25, peers)
+            times = medians(rounds, peers)
             for name, seconds in times.items():
                 ratio = seconds / times[bare.name]
                 goal = "" if name == bare.name else at_most(1, ratio)
@@ -98,7 +98,7 @@ def turn(folder: Path) -> None:
         others = [stack.enter_context(Peer(name, url)) for name in FRAMEWORKS]
         peers = [bare, *ours, *(peer for peer in others if peer.steps)]
         for case, limit in GOALS.items():
-            times = medians(25, {peer.name: peer.timed(case) for peer in peers})
+            times = medians(100, {peer.name: peer.timed(case) for peer in peers})
             for name, seconds in times.items():
                 ratio = seconds / times[bare.name]
                 goal = at_most(limit, ratio) if name == "s02" else ""

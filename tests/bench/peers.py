@@ -135,16 +135,20 @@ def histories(send: Callable[[list[dict]], object]) -> Steps:
 
 
 def section(path: str, folder: str) -> Steps:
-    """A section as it is: call_model, and a turn where it has tools."""
+    """A section as it is: a call of the model, and a turn where it has tools."""
     sys.path.insert(0, str(Path(path).parent))
     module = import_module(Path(path).stem)
     agent = module.load_agent()
     agent.show = lambda text, kind="answer": None
+    call_model = module.call_model
+    if "open_session" in vars(module):
+        module.open_session(agent)
+        call_model = agent.guard.call_model
 
     def send(messages: list[dict]) -> None:
-        agent.messages = messages
+        set_messages(agent, messages)
         agent.tools = []
-        module.call_model(agent)
+        call_model(agent)
 
     steps = histories(send)
     if "TOOL_HANDLERS" not in vars(module):
@@ -154,24 +158,27 @@ def section(path: str, folder: str) -> Steps:
     return steps | section_turns(module, agent)
 
 
+def set_messages(agent: object, messages: list[dict]) -> None:
+    """Make messages the conversation; those of a session go past the disk."""
+    if hasattr(agent.messages, "messages"):
+        agent.messages.messages = messages
+    else:
+        agent.messages = messages
+
+
 def section_turns(module: object, agent: object) -> Steps:
     """The turns of a section; where it has sessions, the messages go to the disk."""
     module.TOOLS.clear()
     for function in functions(NAMES):
         module.tool(as_handler(function))
-    history = []
-    if "open_session" in vars(module):
-        module.open_session(agent)
-        history = agent.messages
+    agent.options.pop("stream_options", None)
 
     def ask(names: list[str], text: str, stream: bool = False) -> str:
         agent.options["stream"] = stream
         agent.tools = module.TOOLS[: len(names)]
-        agent.messages = history
-        getattr(history, "messages", history).clear()
+        set_messages(agent, [])
         return module.handle_message(agent, text)
 
-    agent.options.pop("stream_options", None)
     return turns(ask, partial(ask, [], SAY, True))
 
 
