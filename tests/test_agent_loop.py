@@ -141,6 +141,7 @@ def test_a_line_can_be_edited_pasted_and_called_back(
             return asked(fake_model.chats[-1].messages)
 
         assert enter("helo", "left", "l") == "hello"
+        assert "\x1b[?2004h" in screen.raw, "the terminal brackets no pastes"
         pasted = "\x1b[200~one\ntwo\nthree\x1b[201~"
         assert enter(pasted, " four") == "one\ntwo\nthree four"
         assert enter("two", "home", "up") == "one\ntwo\nthree four"
