@@ -1148,6 +1148,53 @@ def test_a_history_much_larger_than_the_window(desk: Desk):
     assert "the summary" in json.dumps(desk.sent())
 
 
+def reads_many(body: dict) -> object:
+    """Asks for 20 files at once, then answers."""
+    last = body["messages"][-1]
+    if last["content"] == "read all":
+        calls = [("read_file", {"path": f"{number}.txt"}) for number in range(20)]
+        return ToolCalls(calls)
+    if last["role"] == "tool":
+        return Text("read them all")
+    return brain(body)
+
+
+@since("s03")
+def test_many_results_at_once(desk: Desk):
+    """They stay with their calls, and are shortened until they fit."""
+    for number in range(20):
+        (desk.workspace / f"{number}.txt").write_text(f"{number} some words " * 200)
+    desk.server.script("brain", [reads_many], repeat=True)
+    printed = desk.run("say one", "read all", "say two", CONTEXT_TOKENS="4096")
+    assert "read them all" in printed and "heard two" in printed
+    assert max(counted(chat.body) for chat in desk.server.chats) <= 4096 * 1.05
+    with_results = [
+        chat for chat in desk.server.chats if chat.messages[-1]["role"] == "tool"
+    ]
+    roles = [each["role"] for each in with_results[-1].messages]
+    assert roles[-21:] == ["assistant"] + ["tool"] * 20
+
+
+def writes_much(body: dict) -> object:
+    """Writes a file that is larger than the window, then answers."""
+    last = body["messages"][-1]
+    if last["content"] == "write much":
+        content = "some words " * 2_000
+        return ToolCalls([("write_file", {"path": "much.txt", "content": content})])
+    return brain(body)
+
+
+@since("s03")
+def test_a_call_that_is_larger_than_the_window(desk: Desk):
+    """That turn may end with the way out; the next question is answered."""
+    desk.server.script("brain", [writes_much], repeat=True)
+    lines = ["say one", "write much", "say two", "say three"]
+    printed = desk.run(*lines, CONTEXT_TOKENS="4096")
+    assert "heard two" in printed and "heard three" in printed
+    assert max(counted(chat.body) for chat in desk.server.chats) <= 4096 * 1.05
+    assert (desk.workspace / "much.txt").stat().st_size > 20_000
+
+
 # --- the window ---
 
 

@@ -839,7 +839,6 @@ def test_tool_activity_is_one_short_line_per_call(
     assert len(done.stdout) < 1_500
 
 
-@pytest.mark.xfail(strict=True, reason="arguments are shown as they came")
 def test_arguments_of_many_lines_are_shown_on_one(
     section: Section, fake_model: FakeModel
 ):

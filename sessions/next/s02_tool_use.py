@@ -18,7 +18,6 @@ Run it with no key: python sessions/offline_model.py s02
 
 import codecs
 import difflib
-import inspect
 import json
 import os
 import re
@@ -344,7 +343,7 @@ def tool(handler: Callable) -> Callable:
     """
     function = {
         "name": handler.__name__,
-        "description": inspect.getdoc(handler),
+        "description": handler.__doc__,
         "parameters": pydantic.TypeAdapter(partial(handler, None)).json_schema(),
     }
     TOOLS.append({"type": "function", "function": function})
@@ -352,7 +351,7 @@ def tool(handler: Callable) -> Callable:
     return handler
 
 
-def ask_model(agent: Agent, texts: list[str]) -> Reply:
+def ask_model(agent: Agent, texts: list) -> Reply:
     """Call the model, keep its message, and add what it says to the texts of the turn.
 
     As in s01, a model that says nothing (and asks for no tool) is asked once more. But
@@ -418,7 +417,7 @@ def tool_result(call: dict, text: str) -> dict:
     return {"role": "tool", "tool_call_id": call["id"], "content": text}
 
 
-def unanswered_tool_calls(messages: list[dict]) -> list[dict]:
+def unanswered_tool_calls(messages: list[dict]) -> list:
     """The tool calls of the last assistant message that have no result yet."""
     for result_count, message in enumerate(reversed(messages)):
         if message["role"] != "tool":  # its first calls have the results behind it
@@ -465,7 +464,7 @@ def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
 def complete_message(agent: Agent, reply: Reply) -> None:
     """Put the tool calls into the message of a reply, in a form all servers take.
 
-    What only this server understands becomes an extra, which goes back to it alone.
+    What only this model's server understands is kept as an extra: it goes back there.
     """
     calls = []
     signed_calls = []  # the same, with the signatures that Gemini adds to its calls
@@ -481,7 +480,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
         extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
     if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
-        reply.message["extras"] = {str(agent.client.base_url): extras}
+        reply.message["extras"] = {profile_name(agent): extras}
 
 
 def normalize_tool_call(call: dict) -> dict:
@@ -501,7 +500,7 @@ def normalize_arguments(text: str) -> str:
         return "{}"
     if is_json_object(text):
         return text
-    return json.dumps({"invalid_json": text[:500]})
+    return json.dumps({"invalid_json": text})
 
 
 def is_json_object(text: str) -> bool:
@@ -512,17 +511,22 @@ def is_json_object(text: str) -> bool:
         return False
 
 
-def request_messages(agent: Agent) -> list[dict]:
-    """The conversation as it is sent: of the extras, each server gets its own."""
-    server = str(agent.client.base_url)
+def request_messages(agent: Agent) -> list:
+    """The conversation as it is sent: of the extras, each model gets its own."""
+    profile = profile_name(agent)
     messages = []
     if agent.system:
         messages.append({"role": "system", "content": agent.system})
     for message in agent.messages:
         sent = dict(message)
         extras = sent.pop("extras", {})
-        messages.append(sent | extras.get(server, {}))
+        messages.append(sent | extras.get(profile, {}))
     return messages
+
+
+def profile_name(agent: Agent) -> str:
+    """A name for the model and the server that it runs on."""
+    return f"{agent.options['model']} at {agent.client.base_url}"
 
 
 def replace_surrogates(text: str) -> str:
@@ -537,8 +541,8 @@ FILE_LOCK = threading.Lock()  # for later, when several turns run at once
 
 def load_workspace() -> Path:
     """The folder that tools work in: WORKSPACE_DIR, or workspace/ beside sessions/."""
-    default = Path(__file__).parents[2] / "workspace"
-    folder = Path(os.getenv("WORKSPACE_DIR") or default).expanduser().resolve()
+    name = os.getenv("WORKSPACE_DIR") or Path(__file__).parents[2] / "workspace"
+    folder = Path(name).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -741,11 +745,6 @@ def kill_command(process: subprocess.Popen) -> None:
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-def exit_on_signal(number, frame) -> None:
-    """End the program on a signal as `exit` would, through every `finally`."""
-    sys.exit(1)
-
-
 # --- main ---
 
 
@@ -758,7 +757,11 @@ def prepare_terminal() -> None:
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     for name in ("SIGTERM", "SIGHUP"):  # the latter is unknown to Windows
-        signal.signal(getattr(signal, name, signal.SIGTERM), exit_on_signal)
+        signal.signal(
+            getattr(signal, name, signal.SIGTERM),
+            # The exit passes every `finally`, so that a running command is killed.
+            lambda number, frame: sys.exit(128 + number),
+        )
 
 
 def talk(on_line: Callable) -> None:

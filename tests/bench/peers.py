@@ -143,7 +143,7 @@ def section(path: str, folder: str) -> Steps:
     call_model = module.call_model
     if "open_session" in vars(module):
         module.open_session(agent)
-        call_model = agent.guard.call_model
+        call_model = agent.guard.call_with_room
 
     def send(messages: list[dict]) -> None:
         set_messages(agent, messages)
