@@ -721,7 +721,10 @@ def test_a_connection_that_breaks(
     assert len(fake_model.chats) == 2 * len(cases)
 
 
-JSON = b" X\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+JSON = (
+    b" X\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    b"Connection: close\r\n"
+)
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
 TORN = {
     "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
