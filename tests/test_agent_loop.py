@@ -740,8 +740,8 @@ TORN = {
     "event not utf-8": EVENTS + b'\r\ndata: {"choices":[{"delta":"\xff"}]}\n\n',
     "event no gzip": EVENTS + b"Content-Encoding: gzip\r\n\r\nno zip",
     "event torn chunk": EVENTS + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
-    "in circles": b"HTTP/1.1 307 X\r\nLocation: /v1/x\r\nContent-Length: 0\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    "in circles": b"HTTP/1.1 307 X\r\nLocation: /v1/x\r\nConnection: close\r\n\r\n",
 }
 
 
