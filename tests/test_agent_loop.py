@@ -722,7 +722,10 @@ def test_a_connection_that_breaks(
     assert len(fake_model.chats) == 2 * len(cases)
 
 
-JSON = b" X\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+JSON = (
+    b" X\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    b"Connection: close\r\n"
+)
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
 TORN = {
     "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
@@ -738,8 +741,8 @@ TORN = {
     "event not utf-8": EVENTS + b'\r\ndata: {"choices":[{"delta":"\xff"}]}\n\n',
     "event no gzip": EVENTS + b"Content-Encoding: gzip\r\n\r\nno zip",
     "event torn chunk": EVENTS + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
-    "in circles": b"HTTP/1.1 307 X\r\nLocation: /v1/x\r\nContent-Length: 0\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    "in circles": b"HTTP/1.1 307 X\r\nLocation: /v1/x\r\nConnection: close\r\n\r\n",
 }
 
 

@@ -215,7 +215,8 @@ def test_the_offline_model_runs_it(env: dict):
     assert report.verdicts.pop("s03").startswith(UNKNOWN_WINDOW)
     assert set(report.verdicts.values()) == {"yes"}
     assert not report.lines
-    assert report.text.endswith("\n13 requests, about 3,115 tokens sent.\n")
+    last_line = report.text.splitlines()[-1]
+    assert re.fullmatch(r"13 requests, about 3,\d\d\d tokens sent\.", last_line)
 
 
 @pytest.mark.parametrize("temper", ["offline", "offline-small", "offline-clumsy"])

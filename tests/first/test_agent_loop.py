@@ -442,7 +442,7 @@ GOOD = (
     b'data: {"choices":[{"delta":{"content":"good"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 )
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
-JSON = b" X\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+JSON = b" X\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
 TORN = {
     "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
     "no answer": b"",
@@ -455,8 +455,8 @@ TORN = {
     "event not utf-8": EVENTS + b'\r\ndata: {"choices":[{"delta":{"content":"\xff"}}]}\n\n',
     "event no gzip": EVENTS + b"Content-Encoding: gzip\r\n\r\nno zip",
     "event torn chunk": EVENTS + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
-    "round in circles": b"HTTP/1.1 307 X\r\nLocation: /v1/x\r\nContent-Length: 0\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    "round in circles": b"HTTP/1.1 307 X\r\nLocation: /v1/x\r\nConnection: close\r\n\r\n",
 }
 
 
