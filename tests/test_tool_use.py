@@ -7,9 +7,11 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -372,7 +374,7 @@ def test_extras_go_back_to_their_server(section: Section, fake_model: FakeModel)
 
 
 @since("s02", until="s02")
-def test_extras_go_to_no_other_server(agent: Any, fake_model: FakeModel):
+def test_extras_go_to_no_other_server_or_model(agent: Any, fake_model: FakeModel):
     script(fake_model, {"go": [thoughtful_call()]})
     assert agent.module.handle_message(agent, "go") == "fine: go"
     home = agent.client
@@ -385,6 +387,10 @@ def test_extras_go_to_no_other_server(agent: Any, fake_model: FakeModel):
     assert extras_of(messages) == [(None, [None]), (None, [])]
     assert not [message for message in messages if "extras" in message]
     agent.client = home
+    agent.options["model"] = "another"
+    agent.module.handle_message(agent, "another model")
+    assert extras_of(fake_model.chats[-1].messages)[0] == (None, [None])
+    agent.options["model"] = "m"
     agent.module.handle_message(agent, "home")
     assert extras_of(fake_model.chats[-1].messages)[0] == ("hm 😀", [SIGNED])
 
@@ -744,6 +750,9 @@ def test_a_command_ends_with_the_terminal(
     process = harness.start(harness.argv_of(section), env, harness.REPO, [terminal] * 3)
     try:
         os.close(terminal)
+        shown = b""
+        while b"you> " not in shown:
+            shown += os.read(master, 1000)
         os.write(master, b"go\r")
         wait_until(lambda: all(map(alive, files)))
         os.close(master)
@@ -755,6 +764,18 @@ def test_a_command_ends_with_the_terminal(
             os.kill(int(file.read_text()), signal.SIGKILL)
 
 
+def send_signal(screen: Screen, number: int) -> bool:
+    """Send a signal, and say whether the program has ended.
+
+    One that comes between a prompt and the read behind it is seen with the next one.
+    """
+    os.kill(screen.pid, number)
+    try:
+        return screen.process.wait(1) is not None
+    except subprocess.TimeoutExpired:
+        return False
+
+
 @posix
 def test_signals_at_the_prompts(section: Section, fake_model: FakeModel):
     script(fake_model, {"go": ToolCalls([("bash", {"command": "true"})])})
@@ -763,7 +784,7 @@ def test_signals_at_the_prompts(section: Section, fake_model: FakeModel):
             with Screen(section, env_for(fake_model)) as screen:
                 screen.type(line)
                 screen.wait_for(shown)
-                os.kill(screen.pid, number)
+                wait_until(partial(send_signal, screen, number))
                 assert screen.wait_exit() == 128 + number
                 assert "Traceback" not in screen.text
 
