@@ -1113,17 +1113,6 @@ def test_text_files_of_all_kinds(
     assert not is_error(empty)
 
 
-@pytest.mark.xfail(strict=True, reason="they end at a form feed, too")
-def test_lines_end_where_an_editor_ends_them(
-    section: Section, fake_model: FakeModel, workspace: Path
-):
-    text = "a\x0cb\x0bc\x1cd\u2028e\x85f\nsecond\n"
-    (workspace / "a.txt").write_text(text)
-    made = [READ_A, ("read_file", {"path": "a.txt", "offset": 2})]
-    found = run_calls(section, fake_model, made)
-    assert found == [text.rstrip("\n"), "second\n[from line 2 of 2]"]
-
-
 READ_A = ("read_file", {"path": "a.txt"})
 
 

@@ -52,7 +52,7 @@ NOTES = {
 }
 
 
-def do_nothing(*arguments) -> None:
+def do_nothing(*arguments):
     """What a callable of the agent does until a later section replaces it."""
 
 
@@ -677,9 +677,11 @@ def is_approved(approval: Approval, command: str) -> bool:
     print()
     for line in lines:
         print(f"> {escape_invisible(line)}")
-    answer = input(
-        f"run it (lines: {len(lines)}, characters: {len(command)})? [y/N/a] "
-    ).lower()
+    answer = (
+        input(f"run it (lines: {len(lines)}, characters: {len(command)})? [y/N/a] ")
+        .strip()
+        .lower()
+    )
     if answer == "a":
         approval.mode = "always"
     return answer in ("y", "a")
