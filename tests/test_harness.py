@@ -179,7 +179,7 @@ def test_pipe(tmp_path: Path, cold: bool):
     ).replace("YOU\n", "\x1b[1mYOU\x1b[0m\n")
     with pytest.raises(AssertionError, match="still ran after"):
         pipe(
-            [sys.executable, "-c", "input(); input()"],
+            [sys.executable, "-c", "import time; time.sleep(60)"],
             "",
             clean_env(tmp_path),
             timeout=0,

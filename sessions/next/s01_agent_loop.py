@@ -88,7 +88,7 @@ def agent_turn(agent: Agent) -> str:
     for _ in range(2):
         reply = call_model(agent)
         answer = reply.message["content"]
-        if answer.strip():
+        if answer:
             agent.messages.append(reply.message)
             return answer + show_finish_note(agent, reply.finish_reason)
     raise openai.OpenAIError(NOTES.get(reply.finish_reason, "the answer was empty"))
@@ -302,7 +302,7 @@ def talk(on_line: Callable) -> None:
         line = input("\nyou> ")
         if not sys.stdin.isatty():
             print(line)  # a pipe does not echo
-        if line.strip() in ("quit", "exit"):
+        if line.strip() in ("quit", "exit", "/quit"):
             return
         if line.strip():
             on_line(line)

@@ -367,9 +367,9 @@ def ask_model(agent: Agent, texts: list) -> Reply:
         agent.check_cancelled()
         reply = agent.guard.call_with_room(agent)
         text = reply.message["content"]
-        if text.strip():
+        if text:
             texts.append(text)
-        if text.strip() or reply.tool_calls:
+        if text or reply.tool_calls:
             agent.messages.append(reply.message)
             return reply
         if texts:
@@ -677,11 +677,8 @@ def is_approved(approval: Approval, command: str) -> bool:
     print()
     for line in lines:
         print(f"> {escape_invisible(line)}")
-    answer = (
-        input(f"run it (lines: {len(lines)}, characters: {len(command)})? [y/N/a] ")
-        .strip()
-        .lower()
-    )
+    question = f"run it (lines: {len(lines)}, characters: {len(command)})? [y/N/a] "
+    answer = input(question).strip().lower()
     if answer == "a":
         approval.mode = "always"
     return answer in ("y", "a")
@@ -1317,7 +1314,7 @@ def talk(on_line: Callable) -> None:
         line = input("\nyou> ")
         if not sys.stdin.isatty():
             print(line)  # a pipe does not echo
-        if line.strip() in ("quit", "exit"):
+        if line.strip() in ("quit", "exit", "/quit"):
             return
         if line.strip():
             on_line(line)
