@@ -335,7 +335,7 @@ TOOLS = []  # what the model is told: a schema for each tool
 TOOL_HANDLERS = {}  # what runs: a function for each tool's name
 
 
-def tool(handler: Callable) -> Callable:
+def tool(handler: Callable):
     """Register a function as a tool.
 
     Its docstring tells the model what it does, and its parameters, all but the agent,
