@@ -66,15 +66,15 @@ def call_model(agent: Agent) -> Reply:
     pieces = []
     request = {**agent.options, "messages": list(agent.messages)}
     create = agent.client.chat.completions.with_streaming_response.create
-    # The response is read here, and `extra_body` is sent as it is, over the two empty
-    # arguments. The openai package would check 2,000 messages for half a second.
+    # `extra_body` replaces the two empty arguments and is sent unchecked: to check
+    # 2,000 messages would take the openai package half a second.
     with create(model="", messages=[], extra_body=request) as response:
         for event in read_events(response):
             text = add_event(reply, event)
             piece = cleaner.feed(text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
-    if not reply.finish_reason:
+    if not reply.finish_reason:  # the stream has ended too early
         raise openai.OpenAIError(
             "the answer broke off. If it always does: does OPENAI_BASE_URL end in /v1,"
             " and is the conversation perhaps too long for this model?"
@@ -113,7 +113,8 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:  # nothing has come after it
+    # Not if something has come after it. (From s03 on, the messages are no list.)
+    if list(agent.messages)[-1:] == [question]:
         agent.messages.pop()
     agent.show(reason, "note")
     return None
@@ -125,6 +126,7 @@ HINTS = {
     401: ", check OPENAI_API_KEY",
     404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
+# All but tab and newline; the last two ranges reverse the direction of writing.
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
@@ -152,8 +154,9 @@ def show(text: str, kind: str = "answer") -> None:
 
 # Settings
 
+# __doc__[:3] is the name of this script.
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # s01, for example
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""
 
 
 def load_agent() -> Agent:
@@ -168,7 +171,7 @@ def load_agent() -> Agent:
             max_retries=0,  # retrying is a subject of its own, in s09
         )
         return Agent(client, options, [], show)
-    except Exception as error:  # dotenv and the SDK do not say what they may raise
+    except Exception as error:  # the packages do not say what they may raise
         sys.exit(
             "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
             f" MODEL_TIMEOUT: {error}"

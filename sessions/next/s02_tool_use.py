@@ -77,8 +77,8 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)  # see complete_message
-    call_by_index: dict = field(default_factory=dict)  # those that still arrive
+    tool_calls: list = field(default_factory=list)  # complete_message cleans them up
+    call_by_index: dict = field(default_factory=dict)  # the same, while they arrive
     reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
@@ -94,17 +94,17 @@ def call_model(agent: Agent) -> Reply:
     if agent.tools:
         request["tools"] = agent.tools
     create = agent.client.chat.completions.with_streaming_response.create
-    # The response is read here, and `extra_body` is sent as it is, over the two empty
-    # arguments. The openai package would check 2,000 messages for half a second.
+    # `extra_body` replaces the two empty arguments and is sent unchecked: to check
+    # 2,000 messages would take the openai package half a second.
     with create(model="", messages=[], extra_body=request) as response:
         agent.note_waiting(response)
         for event in read_events(response):
-            agent.check_cancelled()
+            agent.check_cancelled()  # does nothing before s10
             text = add_event(reply, event)
             piece = cleaner.feed(text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
-    if not reply.finish_reason:
+    if not reply.finish_reason:  # the stream has ended too early
         raise openai.OpenAIError(
             "the answer broke off. If it always does: does OPENAI_BASE_URL end in /v1,"
             " and is the conversation perhaps too long for this model?"
@@ -149,7 +149,8 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:  # nothing has come after it
+    # Not if something has come after it. (From s03 on, the messages are no list.)
+    if list(agent.messages)[-1:] == [question]:
         agent.messages.pop()
     agent.show(reason, "note")
     return None
@@ -161,6 +162,7 @@ HINTS = {
     401: ", check OPENAI_API_KEY",
     404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
+# All but tab and newline; the last two ranges reverse the direction of writing.
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
@@ -190,8 +192,9 @@ def show(text: str, kind: str = "answer") -> None:
 
 # Settings
 
+# __doc__[:3] is the name of this script.
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # s01, for example
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""
 
 
 def load_agent() -> Agent:
@@ -208,7 +211,7 @@ def load_agent() -> Agent:
         workspace = load_workspace()
         approval = Approval(os.getenv("APPROVAL") or "ask")
         return Agent(client, options, [], show, TOOLS, workspace, approval, check_path)
-    except Exception as error:  # dotenv and the SDK do not say what they may raise
+    except Exception as error:  # the packages do not say what they may raise
         sys.exit(
             "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
             f" MODEL_TIMEOUT: {error}"
@@ -419,8 +422,10 @@ def tool_result(call: dict, text: str) -> dict:
 
 def unanswered_tool_calls(messages: list[dict]) -> list:
     """The tool calls of the last assistant message that have no result yet."""
+    # Count the results at the end. They are those of the first calls of the message
+    # before them; its other calls have none.
     for result_count, message in enumerate(reversed(messages)):
-        if message["role"] != "tool":  # its first calls have the results behind it
+        if message["role"] != "tool":
             return message.get("tool_calls", [])[result_count:]
     return []
 
@@ -434,104 +439,6 @@ def end_interrupted_turn(agent: Agent) -> None:
         agent.messages.append(
             {"role": "assistant", "content": "[The turn ended here.]"}
         )
-
-
-# Reading tool calls, and sending them back: what odd servers need
-
-
-def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
-    """Add a piece of a streamed tool call to the reply.
-
-    A piece belongs to the last call with its index, unless it brings another id. Some
-    servers send no index, repeat the name, or send the arguments as an object.
-    """
-    index = delta.get("index", position)
-    call = reply.call_by_index.get(index)
-    if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
-        call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
-        reply.call_by_index[index] = call
-        reply.tool_calls.append(call)
-    function = delta.get("function") or {}
-    call["name"] = function.get("name") or call["name"]
-    arguments = function.get("arguments") or ""
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments)
-    call["arguments"] += arguments
-    if "extra_content" in delta:
-        call["extra"] = {"extra_content": delta["extra_content"]}
-
-
-def complete_message(agent: Agent, reply: Reply) -> None:
-    """Put the tool calls into the message of a reply, in a form all servers take.
-
-    What only this model's server understands is kept as an extra: it goes back there.
-    """
-    calls = []
-    signed_calls = []  # the same, with the signatures that Gemini adds to its calls
-    extras = {}
-    for call in reply.tool_calls:
-        calls.append(normalize_tool_call(call))
-        signed_calls.append(calls[-1] | call["extra"])
-    reply.tool_calls = calls
-    if calls:
-        reply.message["tool_calls"] = calls
-    if signed_calls != calls:
-        extras["tool_calls"] = signed_calls
-    if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
-        extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
-    if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
-        reply.message["extras"] = {profile_name(agent): extras}
-
-
-def normalize_tool_call(call: dict) -> dict:
-    """A tool call with a plain name, a JSON object as arguments, and an id of our own.
-
-    Mistral accepts only nine letters and digits as an id; other servers repeat theirs.
-    """
-    name = re.sub("[^a-zA-Z0-9_-]", "_", call["name"].strip())[:64] or "unnamed"
-    arguments = normalize_arguments(replace_surrogates(call["arguments"]))
-    function = {"name": name, "arguments": arguments}
-    return {"id": uuid4().hex[:9], "type": "function", "function": function}
-
-
-def normalize_arguments(text: str) -> str:
-    """The arguments as they came if they are a JSON object, else one around them."""
-    if text.strip() in ("", "null"):
-        return "{}"
-    if is_json_object(text):
-        return text
-    return json.dumps({"invalid_json": text})
-
-
-def is_json_object(text: str) -> bool:
-    """Whether a text is a JSON object, without NaN and without half a character."""
-    try:
-        return isinstance(from_json(text, allow_inf_nan=False), dict)
-    except ValueError:
-        return False
-
-
-def request_messages(agent: Agent) -> list:
-    """The conversation as it is sent: of the extras, each model gets its own."""
-    profile = profile_name(agent)
-    messages = []
-    if agent.system:
-        messages.append({"role": "system", "content": agent.system})
-    for message in agent.messages:
-        sent = dict(message)
-        extras = sent.pop("extras", {})
-        messages.append(sent | extras.get(profile, {}))
-    return messages
-
-
-def profile_name(agent: Agent) -> str:
-    """A name for the model and the server that it runs on."""
-    return f"{agent.options['model']} at {agent.client.base_url}"
-
-
-def replace_surrogates(text: str) -> str:
-    """Join the halves of a character that a stream has split; replace a lone half."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # Files
@@ -698,7 +605,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
     """Run a command. Returns what it has printed, and how it ended."""
     mark = f"AGENT_COMMAND={uuid4().hex}"  # a variable that all its processes inherit
     process = subprocess.Popen(
-        ["env", mark, "bash", "-c", command],
+        ["env", mark, "bash", "-c", command],  # kill_command needs the mark, as args[1]
         cwd=agent.workspace,
         env={name: os.environ[name] for name in os.environ if not SECRET.search(name)},
         stdin=subprocess.DEVNULL,
@@ -737,11 +644,109 @@ def kill_command(process: subprocess.Popen) -> None:
     """Kill a command, and every process that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    mark = process.args[1].encode()  # AGENT_COMMAND=..., see run_command
+    mark = process.args[1].encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):  # none but on Linux
         with suppress(OSError):  # it has ended, or belongs to somebody else
             if mark in environment.read_bytes():
                 os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
+# Reading tool calls, and sending them back: what odd servers need
+
+
+def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
+    """Add a piece of a streamed tool call to the reply.
+
+    A piece belongs to the last call with its index, unless it brings another id. Some
+    servers send no index, repeat the name, or send the arguments as an object.
+    """
+    index = delta.get("index", position)
+    call = reply.call_by_index.get(index)
+    if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
+        call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
+        reply.call_by_index[index] = call
+        reply.tool_calls.append(call)
+    function = delta.get("function") or {}
+    call["name"] = function.get("name") or call["name"]
+    arguments = function.get("arguments") or ""
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
+    call["arguments"] += arguments
+    if "extra_content" in delta:
+        call["extra"] = {"extra_content": delta["extra_content"]}
+
+
+def complete_message(agent: Agent, reply: Reply) -> None:
+    """Put the tool calls into the message of a reply, in a form all servers take.
+
+    What only this model's server understands is kept as an extra: it goes back there.
+    """
+    calls = []
+    signed_calls = []  # the same, with the signatures that Gemini adds to its calls
+    extras = {}
+    for call in reply.tool_calls:
+        calls.append(normalize_tool_call(call))
+        signed_calls.append(calls[-1] | call["extra"])
+    reply.tool_calls = calls
+    if calls:
+        reply.message["tool_calls"] = calls
+    if signed_calls != calls:
+        extras["tool_calls"] = signed_calls
+    if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
+        extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
+    if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
+        reply.message["extras"] = {model_and_server(agent): extras}
+
+
+def normalize_tool_call(call: dict) -> dict:
+    """A tool call with a plain name, a JSON object as arguments, and an id of our own.
+
+    Mistral accepts only nine letters and digits as an id; other servers repeat theirs.
+    """
+    name = re.sub("[^a-zA-Z0-9_-]", "_", call["name"].strip())[:64] or "unnamed"
+    arguments = normalize_arguments(replace_surrogates(call["arguments"]))
+    function = {"name": name, "arguments": arguments}
+    return {"id": uuid4().hex[:9], "type": "function", "function": function}
+
+
+def normalize_arguments(text: str) -> str:
+    """The arguments as they came if they are a JSON object, else one around them."""
+    if text.strip() in ("", "null"):
+        return "{}"
+    if is_json_object(text):
+        return text
+    return json.dumps({"invalid_json": text})
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is a JSON object, without NaN and without half a character."""
+    try:
+        return isinstance(from_json(text, allow_inf_nan=False), dict)
+    except ValueError:
+        return False
+
+
+def request_messages(agent: Agent) -> list:
+    """The conversation as it is sent: of the extras, each model gets its own."""
+    key = model_and_server(agent)
+    messages = []
+    if agent.system:
+        messages.append({"role": "system", "content": agent.system})
+    for message in agent.messages:
+        sent = dict(message)
+        extras = sent.pop("extras", {})
+        messages.append(sent | extras.get(key, {}))
+    return messages
+
+
+def model_and_server(agent: Agent) -> str:
+    """The model and where it runs: the key of what only they understand."""
+    return f"{agent.options['model']} at {agent.client.base_url}"
+
+
+def replace_surrogates(text: str) -> str:
+    """Join the halves of a character that a stream has split; replace a lone half."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # --- main ---
@@ -755,7 +760,7 @@ def prepare_terminal() -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):  # the latter is unknown to Windows
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         signal.signal(
             getattr(signal, name, signal.SIGTERM),
             # The exit passes every `finally`, so that a running command is killed.

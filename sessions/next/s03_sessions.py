@@ -83,8 +83,8 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)  # see complete_message
-    call_by_index: dict = field(default_factory=dict)  # those that still arrive
+    tool_calls: list = field(default_factory=list)  # complete_message cleans them up
+    call_by_index: dict = field(default_factory=dict)  # the same, while they arrive
     reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
@@ -100,17 +100,17 @@ def call_model(agent: Agent) -> Reply:
     if agent.tools:
         request["tools"] = agent.tools
     create = agent.client.chat.completions.with_streaming_response.create
-    # The response is read here, and `extra_body` is sent as it is, over the two empty
-    # arguments. The openai package would check 2,000 messages for half a second.
+    # `extra_body` replaces the two empty arguments and is sent unchecked: to check
+    # 2,000 messages would take the openai package half a second.
     with create(model="", messages=[], extra_body=request) as response:
         agent.note_waiting(response)
         for event in read_events(response):
-            agent.check_cancelled()
+            agent.check_cancelled()  # does nothing before s10
             text = add_event(reply, event)
             piece = cleaner.feed(text, reply.finish_reason)
             agent.show(piece)
             pieces.append(piece)
-    if not reply.finish_reason:
+    if not reply.finish_reason:  # the stream has ended too early
         raise openai.OpenAIError(
             "the answer broke off. If it always does: does OPENAI_BASE_URL end in /v1,"
             " and is the conversation perhaps too long for this model?"
@@ -155,7 +155,8 @@ def handle_message(agent: Agent, text: str) -> str | None:
         reason = "stopped"
     except Exception as error:  # a turn may fail in any way, and the loop goes on
         reason = f"{explain(error)} - {agent.client.base_url}"
-    if list(agent.messages)[-1:] == [question]:  # nothing has come after it
+    # Not if something has come after it. (From s03 on, the messages are no list.)
+    if list(agent.messages)[-1:] == [question]:
         agent.messages.pop()
     agent.show(reason, "note")
     return None
@@ -167,6 +168,7 @@ HINTS = {
     401: ", check OPENAI_API_KEY",
     404: ", check MODEL_ID and OPENAI_BASE_URL (most end in /v1)",
 }
+# All but tab and newline; the last two ranges reverse the direction of writing.
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
@@ -196,8 +198,9 @@ def show(text: str, kind: str = "answer") -> None:
 
 # Settings
 
+# __doc__[:3] is the name of this script.
 NO_MODEL = f"""OPENAI_API_KEY and MODEL_ID must be set: copy .env.example to .env.
-Without a key: python sessions/offline_model.py {__doc__[:3]}"""  # s01, for example
+Without a key: python sessions/offline_model.py {__doc__[:3]}"""
 
 
 def load_agent() -> Agent:
@@ -214,7 +217,7 @@ def load_agent() -> Agent:
         workspace = load_workspace()
         approval = Approval(os.getenv("APPROVAL") or "ask")
         return Agent(client, options, [], show, TOOLS, workspace, approval, check_path)
-    except Exception as error:  # dotenv and the SDK do not say what they may raise
+    except Exception as error:  # the packages do not say what they may raise
         sys.exit(
             "check the settings in .env, such as OPENAI_BASE_URL, MODEL_OPTIONS and"
             f" MODEL_TIMEOUT: {error}"
@@ -425,8 +428,10 @@ def tool_result(call: dict, text: str) -> dict:
 
 def unanswered_tool_calls(messages: list[dict]) -> list:
     """The tool calls of the last assistant message that have no result yet."""
+    # Count the results at the end. They are those of the first calls of the message
+    # before them; its other calls have none.
     for result_count, message in enumerate(reversed(messages)):
-        if message["role"] != "tool":  # its first calls have the results behind it
+        if message["role"] != "tool":
             return message.get("tool_calls", [])[result_count:]
     return []
 
@@ -440,104 +445,6 @@ def end_interrupted_turn(agent: Agent) -> None:
         agent.messages.append(
             {"role": "assistant", "content": "[The turn ended here.]"}
         )
-
-
-# Reading tool calls, and sending them back: what odd servers need
-
-
-def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
-    """Add a piece of a streamed tool call to the reply.
-
-    A piece belongs to the last call with its index, unless it brings another id. Some
-    servers send no index, repeat the name, or send the arguments as an object.
-    """
-    index = delta.get("index", position)
-    call = reply.call_by_index.get(index)
-    if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
-        call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
-        reply.call_by_index[index] = call
-        reply.tool_calls.append(call)
-    function = delta.get("function") or {}
-    call["name"] = function.get("name") or call["name"]
-    arguments = function.get("arguments") or ""
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments)
-    call["arguments"] += arguments
-    if "extra_content" in delta:
-        call["extra"] = {"extra_content": delta["extra_content"]}
-
-
-def complete_message(agent: Agent, reply: Reply) -> None:
-    """Put the tool calls into the message of a reply, in a form all servers take.
-
-    What only this model's server understands is kept as an extra: it goes back there.
-    """
-    calls = []
-    signed_calls = []  # the same, with the signatures that Gemini adds to its calls
-    extras = {}
-    for call in reply.tool_calls:
-        calls.append(normalize_tool_call(call))
-        signed_calls.append(calls[-1] | call["extra"])
-    reply.tool_calls = calls
-    if calls:
-        reply.message["tool_calls"] = calls
-    if signed_calls != calls:
-        extras["tool_calls"] = signed_calls
-    if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
-        extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
-    if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
-        reply.message["extras"] = {profile_name(agent): extras}
-
-
-def normalize_tool_call(call: dict) -> dict:
-    """A tool call with a plain name, a JSON object as arguments, and an id of our own.
-
-    Mistral accepts only nine letters and digits as an id; other servers repeat theirs.
-    """
-    name = re.sub("[^a-zA-Z0-9_-]", "_", call["name"].strip())[:64] or "unnamed"
-    arguments = normalize_arguments(replace_surrogates(call["arguments"]))
-    function = {"name": name, "arguments": arguments}
-    return {"id": uuid4().hex[:9], "type": "function", "function": function}
-
-
-def normalize_arguments(text: str) -> str:
-    """The arguments as they came if they are a JSON object, else one around them."""
-    if text.strip() in ("", "null"):
-        return "{}"
-    if is_json_object(text):
-        return text
-    return json.dumps({"invalid_json": text})
-
-
-def is_json_object(text: str) -> bool:
-    """Whether a text is a JSON object, without NaN and without half a character."""
-    try:
-        return isinstance(from_json(text, allow_inf_nan=False), dict)
-    except ValueError:
-        return False
-
-
-def request_messages(agent: Agent) -> list:
-    """The conversation as it is sent: of the extras, each model gets its own."""
-    profile = profile_name(agent)
-    messages = []
-    if agent.system:
-        messages.append({"role": "system", "content": agent.system})
-    for message in agent.messages:
-        sent = dict(message)
-        extras = sent.pop("extras", {})
-        messages.append(sent | extras.get(profile, {}))
-    return messages
-
-
-def profile_name(agent: Agent) -> str:
-    """A name for the model and the server that it runs on."""
-    return f"{agent.options['model']} at {agent.client.base_url}"
-
-
-def replace_surrogates(text: str) -> str:
-    """Join the halves of a character that a stream has split; replace a lone half."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # Files
@@ -704,7 +611,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
     """Run a command. Returns what it has printed, and how it ended."""
     mark = f"AGENT_COMMAND={uuid4().hex}"  # a variable that all its processes inherit
     process = subprocess.Popen(
-        ["env", mark, "bash", "-c", command],
+        ["env", mark, "bash", "-c", command],  # kill_command needs the mark, as args[1]
         cwd=agent.workspace,
         env={name: os.environ[name] for name in os.environ if not SECRET.search(name)},
         stdin=subprocess.DEVNULL,
@@ -743,11 +650,109 @@ def kill_command(process: subprocess.Popen) -> None:
     """Kill a command, and every process that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    mark = process.args[1].encode()  # AGENT_COMMAND=..., see run_command
+    mark = process.args[1].encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):  # none but on Linux
         with suppress(OSError):  # it has ended, or belongs to somebody else
             if mark in environment.read_bytes():
                 os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
+# Reading tool calls, and sending them back: what odd servers need
+
+
+def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
+    """Add a piece of a streamed tool call to the reply.
+
+    A piece belongs to the last call with its index, unless it brings another id. Some
+    servers send no index, repeat the name, or send the arguments as an object.
+    """
+    index = delta.get("index", position)
+    call = reply.call_by_index.get(index)
+    if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
+        call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
+        reply.call_by_index[index] = call
+        reply.tool_calls.append(call)
+    function = delta.get("function") or {}
+    call["name"] = function.get("name") or call["name"]
+    arguments = function.get("arguments") or ""
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
+    call["arguments"] += arguments
+    if "extra_content" in delta:
+        call["extra"] = {"extra_content": delta["extra_content"]}
+
+
+def complete_message(agent: Agent, reply: Reply) -> None:
+    """Put the tool calls into the message of a reply, in a form all servers take.
+
+    What only this model's server understands is kept as an extra: it goes back there.
+    """
+    calls = []
+    signed_calls = []  # the same, with the signatures that Gemini adds to its calls
+    extras = {}
+    for call in reply.tool_calls:
+        calls.append(normalize_tool_call(call))
+        signed_calls.append(calls[-1] | call["extra"])
+    reply.tool_calls = calls
+    if calls:
+        reply.message["tool_calls"] = calls
+    if signed_calls != calls:
+        extras["tool_calls"] = signed_calls
+    if any(reply.reasoning):  # the thoughts of DeepSeek and Kimi
+        extras["reasoning_content"] = replace_surrogates("".join(reply.reasoning))
+    if extras and is_json_object(json.dumps(extras)):  # NaN would spoil each request
+        reply.message["extras"] = {model_and_server(agent): extras}
+
+
+def normalize_tool_call(call: dict) -> dict:
+    """A tool call with a plain name, a JSON object as arguments, and an id of our own.
+
+    Mistral accepts only nine letters and digits as an id; other servers repeat theirs.
+    """
+    name = re.sub("[^a-zA-Z0-9_-]", "_", call["name"].strip())[:64] or "unnamed"
+    arguments = normalize_arguments(replace_surrogates(call["arguments"]))
+    function = {"name": name, "arguments": arguments}
+    return {"id": uuid4().hex[:9], "type": "function", "function": function}
+
+
+def normalize_arguments(text: str) -> str:
+    """The arguments as they came if they are a JSON object, else one around them."""
+    if text.strip() in ("", "null"):
+        return "{}"
+    if is_json_object(text):
+        return text
+    return json.dumps({"invalid_json": text})
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is a JSON object, without NaN and without half a character."""
+    try:
+        return isinstance(from_json(text, allow_inf_nan=False), dict)
+    except ValueError:
+        return False
+
+
+def request_messages(agent: Agent) -> list:
+    """The conversation as it is sent: of the extras, each model gets its own."""
+    key = model_and_server(agent)
+    messages = []
+    if agent.system:
+        messages.append({"role": "system", "content": agent.system})
+    for message in agent.messages:
+        sent = dict(message)
+        extras = sent.pop("extras", {})
+        messages.append(sent | extras.get(key, {}))
+    return messages
+
+
+def model_and_server(agent: Agent) -> str:
+    """The model and where it runs: the key of what only they understand."""
+    return f"{agent.options['model']} at {agent.client.base_url}"
+
+
+def replace_surrogates(text: str) -> str:
+    """Join the halves of a character that a stream has split; replace a lone half."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # --- s03: sessions and context ---
@@ -895,6 +900,183 @@ def add_missing_results(messages: list[dict]) -> None:
         messages.append(tool_result(call, INTERRUPTED))
 
 
+# Keeping requests inside the model's window
+
+SUMMARIZE = """Summarize this conversation for the assistant who has to go on with it.
+Keep names, numbers, paths, decisions, what was done, what failed and what is still to
+do. At most 300 words."""
+TOO_LONG = "this is too long for the model's window: say less, or begin anew with /new"
+
+
+class ContextOverflow(openai.OpenAIError):
+    """The conversation does not fit the model's window."""
+
+
+class ContextGuard:
+    """Calls the model. If the conversation is too long for it, makes room first."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window  # in tokens, as CONTEXT_TOKENS says
+        self.correction = 1.0  # what the estimates have to be multiplied by
+
+    def call_with_room(self, agent: Agent) -> Reply:
+        """Call the model; then with shorter tool results; then with a summary.
+
+        Raises ContextOverflow, with the conversation as it was, if nothing helps.
+        """
+        before = list(agent.messages)
+        steps = (  # how to make room, and for what part of it
+            (self.shorten_results, 8),
+            (self.compact, 4),
+            (self.shorten_results, 64),
+        )
+        try:
+            for make_room, divisor in steps:
+                try:
+                    return self.attempt(agent)
+                except ContextOverflow:
+                    self.check_last_message(agent)
+                    make_room(agent, self.room(agent) // divisor)
+            return self.attempt(agent)  # the fourth and last one
+        except ContextOverflow:
+            agent.messages.replace_all(before, "restored")
+            raise
+
+    def attempt(self, agent: Agent) -> Reply:
+        """Call the model once. Raises ContextOverflow if the request is too long."""
+        estimate = self.used_tokens(agent)
+        if estimate > self.window_of(agent) * 0.9:  # the answer needs room, too
+            raise ContextOverflow(TOO_LONG)
+        try:
+            reply = call_model(agent)
+        except openai.OpenAIError as error:
+            if not is_overflow(error):
+                raise
+            stated = STATED_WINDOW.search(error_text(error))
+            if stated:
+                agent.messages.set_window(agent.options["model"], int(stated[1]))
+            raise ContextOverflow(TOO_LONG) from error
+        self.calibrate(reply, estimate)
+        return reply
+
+    def window_of(self, agent: Agent) -> int:
+        """The window in tokens: what CONTEXT_TOKENS or the server says, if less."""
+        stated = agent.messages.windows.get(agent.options["model"], self.window)
+        return min(stated, self.window)
+
+    def room(self, agent: Agent) -> int:
+        """The window, or the request that did not fit if it is estimated at less."""
+        return min(self.window_of(agent), self.used_tokens(agent))
+
+    def check_last_message(self, agent: Agent) -> None:
+        """Raise ContextOverflow if a question leaves no room for a summary."""
+        last = list(agent.messages)[-1]
+        size = self.estimate([agent.tools, last])
+        if last["role"] == "user" and size > self.window_of(agent) * 0.8:
+            raise ContextOverflow(TOO_LONG)
+
+    def estimate(self, value: object) -> int:
+        """About how many tokens a value takes, by the server's last count."""
+        return int(estimate_tokens(value) * self.correction)
+
+    def used_tokens(self, agent: Agent) -> int:
+        """About how many tokens the next request takes."""
+        return self.estimate([agent.tools, request_messages(agent)])
+
+    def calibrate(self, reply: Reply, estimate: int) -> None:
+        """Correct the estimates by the tokens that the server has counted."""
+        match reply.usage:
+            case {"prompt_tokens": int(counted)}:
+                uncorrected = estimate / self.correction
+                self.correction = min(max(counted / uncorrected, 0.25), 4)
+
+    def shorten_results(self, agent: Agent, limit: int) -> None:
+        """Cut the middle out of the tool results that have more than `limit` tokens."""
+        shortened = []
+        for message in agent.messages:
+            if message["role"] == "tool":
+                message = message | {"content": cut_tokens(message["content"], limit)}
+            shortened.append(message)
+        agent.messages.replace_all(shortened, "shortened")
+
+    def compact(self, agent: Agent, limit: int, may_drop: bool = True) -> None:
+        """Put a summary in place of all but the latest `limit` tokens, or one message.
+
+        If the model gives none, drop the older messages, or raise what went wrong.
+        """
+        messages = list(agent.messages)
+        start = self.latest_start(messages, limit)
+        if start == 0:
+            return
+        note = f"messages that became a summary: {start}"
+        try:
+            summary = self.summarize(agent, messages[:start])
+        except (openai.APIConnectionError, openai.RateLimitError):
+            raise  # there may be a summary when the server can answer again
+        except Exception as error:  # the call may fail in any way
+            agent.check_cancelled()
+            if not may_drop:
+                raise
+            note = f"no summary ({explain(error)}): messages left out: {start}"
+            summary = "(The beginning is left out.)"
+        head = [{"role": "user", "content": f"[The conversation so far]\n{summary}"}]
+        if messages[start]["role"] == "user":
+            # Speakers have to take turns.
+            head.append({"role": "assistant", "content": "I go on from there."})
+        agent.messages.replace_all(head + messages[start:], "summarized")
+        agent.show(note, "note")
+        agent.show("\n")
+
+    def latest_start(self, messages: list[dict], limit: int) -> int:
+        """Where the latest `limit` tokens begin. A call stays with its results."""
+        # Go back, message by message, until the tokens are used up.
+        start = len(messages)
+        for position in reversed(range(len(messages))):
+            limit -= self.estimate(messages[position])
+            if limit < 0 and start < len(messages):  # at least one message stays
+                break
+            if messages[position]["role"] != "tool":  # its call stands before it
+                start = position
+        return start
+
+    def summarize(self, agent: Agent, messages: list[dict]) -> str:
+        """The model's summary of messages. Raises OpenAIError if it gives none."""
+        lines = []
+        for message in messages:
+            lines.append(f"{message['role']}: {message['content']}")
+            for call in message.get("tool_calls", []):
+                lines.append(f"tool call: {call['function']}")
+        transcript = cut_tokens("\n".join(lines), self.room(agent) // 2)
+        request = {"role": "user", "content": f"{SUMMARIZE}\n\n{transcript}"}
+        # A copy of the agent with a conversation of its own, which is in no log.
+        helper = replace(agent, messages=[request], tools=[], show=do_nothing)
+        reply = call_model(helper)
+        agent.check_cancelled()
+        summary = reply.message["content"]
+        # Each finish reason in NOTES means that the answer is not whole.
+        if reply.finish_reason in NOTES or not summary:
+            raise openai.OpenAIError("the model gave none")
+        return summary
+
+
+def estimate_tokens(value: object) -> int:
+    """About how many tokens a value has: 1 for 4 letters or for a Chinese character."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.isascii():
+        return len(text) // 4
+    wide = len(re.findall("[\u2e80-\U0010ffff]", text))
+    return wide + (len(text) - wide) // 4
+
+
+def cut_tokens(text: str, tokens: int) -> str:
+    """The text, without its middle if it has more than about so many tokens."""
+    estimate = max(estimate_tokens(text), 1)
+    return cut_middle(text, max(len(text) * tokens // estimate, 200))
+
+
+# Which session?
+
+
 class SessionStore:
     """The sessions of one agent, and which of them a session key means now."""
 
@@ -907,7 +1089,8 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            if read_header(path).get("key", key) == key:  # damaged: belongs to all
+            # A damaged header names no key: show it to all rather than lose it.
+            if read_header(path).get("key", key) == key:
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 
@@ -920,7 +1103,9 @@ class SessionStore:
 
     def resume(self, key: str) -> Session:
         """The session of a key in the index, else the last one, else a new one."""
-        path = self.folder / f"{self.read_index().get(key)}.jsonl"  # or None.jsonl
+        path = (
+            self.folder / f"{self.read_index().get(key)}.jsonl"
+        )  # None.jsonl: no file
         if path.is_file():
             return Session(path)
         found = self.find(key)
@@ -981,215 +1166,6 @@ def lock_workspace(folder: Path) -> None:
     lock.truncate(0)
     lock.write(f"{__doc__[:3]}, process {os.getpid()}")
     lock.flush()
-
-
-# Keeping requests inside the model's window
-
-SUMMARIZE = """Summarize this conversation for the assistant who has to go on with it.
-Keep names, numbers, paths, decisions, what was done, what failed and what is still to
-do. At most 300 words."""
-TOO_LONG = "this is too long for the model's window: say less, or begin anew with /new"
-
-
-class ContextOverflow(openai.OpenAIError):
-    """The conversation does not fit the model's window."""
-
-
-class ContextGuard:
-    """Calls the model. If the conversation is too long for it, makes room first."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window  # in tokens, as CONTEXT_TOKENS says
-        self.correction = 1.0  # what the estimates have to be multiplied by
-
-    def call_with_room(self, agent: Agent) -> Reply:
-        """Call the model; then with shorter tool results; then with a summary.
-
-        Raises ContextOverflow, with the conversation as it was, if nothing helps.
-        """
-        before = list(agent.messages)
-        steps = (
-            (self.shorten_results, 8),  # each to an eighth of the room
-            (self.compact, 4),  # all but the latest quarter of it
-            (self.shorten_results, 64),
-        )
-        try:
-            for make_room, divisor in steps:
-                try:
-                    return self.attempt(agent)
-                except ContextOverflow:
-                    self.check_last_message(agent)
-                    make_room(agent, self.room(agent) // divisor)
-            return self.attempt(agent)
-        except ContextOverflow:  # of the last attempt, or of check_last_message
-            agent.messages.replace_all(before, "restored")
-            raise
-
-    def attempt(self, agent: Agent) -> Reply:
-        """Call the model once. Raises ContextOverflow if the request is too long."""
-        estimate = self.used_tokens(agent)
-        if estimate > self.window_of(agent) * 0.9:  # the answer needs room, too
-            raise ContextOverflow(TOO_LONG)
-        try:
-            reply = call_model(agent)
-        except openai.OpenAIError as error:
-            if not is_overflow(error):
-                raise
-            stated = STATED_WINDOW.search(error_text(error))
-            if stated:
-                agent.messages.set_window(agent.options["model"], int(stated[1]))
-            raise ContextOverflow(TOO_LONG) from error
-        self.calibrate(reply, estimate)
-        return reply
-
-    def window_of(self, agent: Agent) -> int:
-        """The window in tokens: what CONTEXT_TOKENS or the server says, if less."""
-        stated = agent.messages.windows.get(agent.options["model"], self.window)
-        return min(stated, self.window)
-
-    def room(self, agent: Agent) -> int:
-        """What to get below: the window, or a refused request of even fewer tokens."""
-        return min(self.window_of(agent), self.used_tokens(agent))
-
-    def check_last_message(self, agent: Agent) -> None:
-        """Raise ContextOverflow if a question leaves no room for a summary."""
-        last = list(agent.messages)[-1]
-        size = self.estimate([agent.tools, last])
-        if last["role"] == "user" and size > self.window_of(agent) * 0.8:
-            raise ContextOverflow(TOO_LONG)
-
-    def estimate(self, value: object) -> int:
-        """About how many tokens a value takes, by the server's last count."""
-        return int(estimate_tokens(value) * self.correction)
-
-    def used_tokens(self, agent: Agent) -> int:
-        """About how many tokens the next request takes."""
-        return self.estimate([agent.tools, request_messages(agent)])
-
-    def calibrate(self, reply: Reply, estimate: int) -> None:
-        """Correct the estimates by the tokens that the server has counted."""
-        match reply.usage:
-            case {"prompt_tokens": int(counted)}:
-                uncorrected = estimate / self.correction
-                self.correction = min(max(counted / uncorrected, 0.25), 4)
-
-    def shorten_results(self, agent: Agent, limit: int) -> None:
-        """Cut the middle out of the tool results that have more than `limit` tokens."""
-        shortened = []
-        for message in agent.messages:
-            if message["role"] == "tool":
-                message = message | {"content": cut_tokens(message["content"], limit)}
-            shortened.append(message)
-        agent.messages.replace_all(shortened, "shortened")
-
-    def compact(self, agent: Agent, limit: int, may_drop: bool = True) -> None:
-        """Put a summary in place of all but the latest `limit` tokens, or one message.
-
-        If the model gives none, drop the older messages, or raise what went wrong.
-        """
-        messages = list(agent.messages)
-        start = self.latest_start(messages, limit)
-        if start == 0:
-            return
-        note = f"messages that became a summary: {start}"
-        try:
-            summary = self.summarize(agent, messages[:start])
-        except openai.APIConnectionError:
-            raise  # there may be a summary when the server is back
-        except Exception as error:  # the call may fail in any way
-            agent.check_cancelled()
-            if not may_drop:
-                raise
-            note = f"no summary ({explain(error)}): messages left out: {start}"
-            summary = "(The beginning is left out.)"
-        head = [{"role": "user", "content": f"[The conversation so far]\n{summary}"}]
-        if messages[start]["role"] == "user":
-            # Speakers have to take turns.
-            head.append({"role": "assistant", "content": "I go on from there."})
-        agent.messages.replace_all(head + messages[start:], "summarized")
-        agent.show(note, "note")
-        agent.show("\n")
-
-    def latest_start(self, messages: list[dict], limit: int) -> int:
-        """Where the latest `limit` tokens begin. A call stays with its results."""
-        start = len(messages)
-        for position in reversed(range(len(messages))):
-            limit -= self.estimate(messages[position])
-            if limit < 0 and start < len(messages):  # at least one message stays
-                break
-            if messages[position]["role"] != "tool":  # its call stands before it
-                start = position
-        return start
-
-    def summarize(self, agent: Agent, messages: list[dict]) -> str:
-        """The model's summary of messages. Raises OpenAIError if it gives none."""
-        lines = []
-        for message in messages:
-            lines.append(f"{message['role']}: {message['content']}")
-            for call in message.get("tool_calls", []):
-                lines.append(f"tool call: {call['function']}")
-        transcript = cut_tokens("\n".join(lines), self.room(agent) // 2)
-        request = {"role": "user", "content": f"{SUMMARIZE}\n\n{transcript}"}
-        helper = replace(agent, messages=[request], tools=[], show=do_nothing)
-        reply = call_model(helper)
-        agent.check_cancelled()
-        summary = reply.message["content"]
-        # The finish reasons in NOTES are those of answers that are not whole.
-        if reply.finish_reason in NOTES or not summary.strip():
-            raise openai.OpenAIError("the model gave none")
-        return summary
-
-
-def estimate_tokens(value: object) -> int:
-    """About how many tokens a value has: 1 for 4 letters or for a Chinese character."""
-    text = json.dumps(value, ensure_ascii=False)
-    if text.isascii():
-        return len(text) // 4
-    wide = len(re.findall("[\u2e80-\U0010ffff]", text))
-    return wide + (len(text) - wide) // 4
-
-
-def cut_tokens(text: str, tokens: int) -> str:
-    """The text, without its middle if it has more than about so many tokens."""
-    estimate = max(estimate_tokens(text), 1)
-    return cut_middle(text, max(len(text) * tokens // estimate, 200))
-
-
-# How servers say that a request is too long
-
-OVERFLOW = re.compile(
-    "context.?(length|size|window|limit)|n_ctx|tokens_limit|token limit"
-    "|maximum (input|prompt|model) length|maximum number of tokens|max_prompt_tokens"
-    "|max_seq_len|(input|prompt).{0,30}(too long|exceeds? (max|the)|length should be)"
-    "|input tokens exceed|too many (input )?tokens|more than max tokens|model maximum"
-    "|reduce the length of the messages|length of all messages|max_new_tokens. must be",
-    re.IGNORECASE,
-)
-# Such as "maximum context length is 8192 tokens", "13392 tokens > 8192 maximum".
-STATED_WINDOW = re.compile(
-    r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
-    r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
-    r"|(?:tokens allowed|max_\w{1,20})(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
-)
-
-
-def is_overflow(error: openai.OpenAIError) -> bool:
-    """Whether a server has refused a request because it is too long."""
-    status = getattr(error, "status_code", None)  # none in the middle of a stream
-    if status not in (None, 400, 413, 500):  # 500 is llama.cpp's
-        return False
-    if str(getattr(error, "code", "")).endswith("_parameter"):
-        return False  # it does not know a field such as context_length
-    return status == 413 or bool(OVERFLOW.search(error_text(error)))
-
-
-def error_text(error: openai.OpenAIError) -> str:
-    """What a server says about an error, in the fields that quote no question."""
-    body = getattr(error, "body", None)
-    if not isinstance(body, dict):
-        return f"{error} {body}"
-    fields = ("code", "type", "message", "metadata", "n_ctx")
-    return str([(field, body[field]) for field in fields if field in body])
 
 
 # Commands
@@ -1289,6 +1265,43 @@ def open_session(agent: Agent) -> None:
     agent.guard = ContextGuard(max(window, 1000))
 
 
+# How servers say that a request is too long
+
+OVERFLOW = re.compile(
+    "context.?(length|size|window|limit)|n_ctx|tokens_limit|token limit"
+    "|maximum (input|prompt|model) length|maximum number of tokens|max_prompt_tokens"
+    "|max_seq_len|(input|prompt).{0,30}(too long|exceeds? (max|the)|length should be)"
+    "|input tokens exceed|too many (input )?tokens|more than max tokens|model maximum"
+    "|reduce the length of the messages|length of all messages|max_new_tokens. must be",
+    re.IGNORECASE,
+)
+# Such as "maximum context length is 8192 tokens", "13392 tokens > 8192 maximum".
+STATED_WINDOW = re.compile(
+    r"(?:n_ctx\W{1,4}|> |\[1, |context (?:size|window) \(?(?:of )?"
+    r"|(?:context|prompt|model) length \(?(?:of|is|only| )*|limit(?: of| is|:)? "
+    r"|(?:tokens allowed|max_\w{1,20})(?: of| is|:)? \(?)(\d{3,})\b(?! \+)"
+)
+
+
+def is_overflow(error: openai.OpenAIError) -> bool:
+    """Whether a server has refused a request because it is too long."""
+    status = getattr(error, "status_code", None)  # none in the middle of a stream
+    if status not in (None, 400, 413, 500):  # 500 is llama.cpp's
+        return False
+    if str(getattr(error, "code", "")).endswith("_parameter"):
+        return False  # it does not know a field such as context_length
+    return status == 413 or bool(OVERFLOW.search(error_text(error)))
+
+
+def error_text(error: openai.OpenAIError) -> str:
+    """What a server says about an error, in the fields that quote no question."""
+    body = getattr(error, "body", None)
+    if not isinstance(body, dict):
+        return f"{error} {body}"
+    fields = ("code", "type", "message", "metadata", "n_ctx")
+    return str([(field, body[field]) for field in fields if field in body])
+
+
 # --- main ---
 
 
@@ -1300,7 +1313,7 @@ def prepare_terminal() -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one line
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):  # the latter is unknown to Windows
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         signal.signal(
             getattr(signal, name, signal.SIGTERM),
             # The exit passes every `finally`, so that a running command is killed.
