@@ -355,11 +355,11 @@ def test_the_index_is_replaced_whole_and_only_when_it_changes(desk: Desk):
         after = desk.index.stat()
         assert after.st_mtime_ns == before.st_mtime_ns
         assert after.st_ino == before.st_ino
-        seen, stop = set(), threading.Event()
+        index, seen, stop = desk.index, set(), threading.Event()
 
         def look() -> None:
             while not stop.is_set():
-                seen.add(desk.index.read_bytes())
+                seen.add(index.read_bytes())
 
         reader = threading.Thread(target=look)
         reader.start()
