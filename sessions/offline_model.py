@@ -17,7 +17,7 @@
     section --> POST /v1/chat/completions --> checks --> RULES --> temper --> answer
 
     python sessions/offline_model.py s03                         run a section
-    python sessions/offline_model.py --next s02                  of the next edition
+    python sessions/offline_model.py --next s02                  from sessions/next
     python sessions/offline_model.py --model offline-small s03   choose its temper
     python sessions/offline_model.py [--port 8123]               serve until Ctrl-C
 

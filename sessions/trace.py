@@ -19,7 +19,7 @@
 
     python sessions/trace.py s02                  against the server of .env
     python sessions/trace.py --offline s02        against the offline model
-    python sessions/trace.py --next s02           a section of the next edition
+    python sessions/trace.py --next s02           a section from sessions/next
     python sessions/trace.py --to trace.txt s04   show it elsewhere: tail -f trace.txt
     python sessions/trace.py --save t.jsonl s02   keep everything, as JSON lines
 

@@ -715,8 +715,8 @@ def test_the_launcher_runs_a_copy_of_ones_own(env: dict, tmp_path: Path):
 
 
 @pytest.fixture
-def two_editions(tmp_path: Path) -> list[str]:
-    """The command line of an offline model beside two editions, of one section each."""
+def two_folders(tmp_path: Path) -> list[str]:
+    """The command line of an offline model beside two folders, of one section each."""
     for folder in ("en", "next"):
         script = tmp_path / "sessions" / folder / f"s0{len(folder)}_a_section.py"
         script.parent.mkdir(parents=True)
@@ -725,15 +725,15 @@ def two_editions(tmp_path: Path) -> list[str]:
     return [sys.executable, str(copy)]
 
 
-def test_the_launcher_runs_the_next_edition(env: dict, two_editions: list[str]):
-    done = pipe([*two_editions, "s02"], "", env)
+def test_the_launcher_runs_sessions_next(env: dict, two_folders: list[str]):
+    done = pipe([*two_folders, "s02"], "", env)
     assert done.returncode == 0 and done.stdout.endswith("\nthis is en\n")
-    done = pipe([*two_editions, "--next", "s04"], "", env)
+    done = pipe([*two_folders, "--next", "s04"], "", env)
     assert done.returncode == 0 and done.stdout.endswith("\nthis is next\n")
 
 
-def test_unknown_sections_of_the_next_edition(env: dict, two_editions: list[str]):
-    done = pipe([*two_editions, "--next", "s02"], "", env)
+def test_unknown_sections_of_sessions_next(env: dict, two_folders: list[str]):
+    done = pipe([*two_folders, "--next", "s02"], "", env)
     assert (done.returncode, done.stdout) == (2, "")
     assert "choose from s04, check_model" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -438,7 +438,7 @@ def test_the_exit_status_is_the_sections(quick: dict[str, str], tmp_path: Path):
     assert done.returncode == 1 and "answer 2: HTTP 429" in done.stderr
 
 
-def test_a_section_of_the_next_edition(quick: dict[str, str], tmp_path: Path):
+def test_a_section_of_sessions_next(quick: dict[str, str], tmp_path: Path):
     folder = tmp_path / "sessions" / "next"
     folder.mkdir(parents=True)
     for path in (SCRIPT, SCRIPT.with_name("offline_model.py")):
