@@ -926,21 +926,21 @@ class ContextGuard:
         """
         before = list(agent.messages)
         steps = (  # how to make room, and for what part of it
+            (do_nothing, 1),
             (self.shorten_results, 8),
             (self.compact, 4),
             (self.shorten_results, 64),
         )
-        try:
-            for make_room, divisor in steps:
-                try:
-                    return self.attempt(agent)
-                except ContextOverflow:
-                    self.check_last_message(agent)
-                    make_room(agent, self.room(agent) // divisor)
-            return self.attempt(agent)  # the fourth and last one
-        except ContextOverflow:
-            agent.messages.replace_all(before, "restored")
-            raise
+        for make_room, divisor in steps:
+            make_room(agent, self.room(agent) // divisor)
+            try:
+                return self.attempt(agent)
+            except ContextOverflow as error:
+                overflow = error
+            if self.question_is_too_long(agent):
+                break
+        agent.messages.replace_all(before, "restored")
+        raise overflow
 
     def attempt(self, agent: Agent) -> Reply:
         """Call the model once. Raises ContextOverflow if the request is too long."""
@@ -968,12 +968,11 @@ class ContextGuard:
         """The window, or the request that did not fit if it is estimated at less."""
         return min(self.window_of(agent), self.used_tokens(agent))
 
-    def check_last_message(self, agent: Agent) -> None:
-        """Raise ContextOverflow if a question leaves no room for a summary."""
+    def question_is_too_long(self, agent: Agent) -> bool:
+        """Whether a question alone leaves no room for a summary before it."""
         last = list(agent.messages)[-1]
         size = self.estimate([agent.tools, last])
-        if last["role"] == "user" and size > self.window_of(agent) * 0.8:
-            raise ContextOverflow(TOO_LONG)
+        return last["role"] == "user" and size > self.window_of(agent) * 0.8
 
     def estimate(self, value: object) -> int:
         """About how many tokens a value takes, by the server's last count."""
