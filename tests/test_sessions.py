@@ -363,8 +363,10 @@ def test_the_index_is_replaced_whole_and_only_when_it_changes(desk: Desk):
 
         reader = threading.Thread(target=look)
         reader.start()
-        for number in range(20):
+        for number in range(500):  # until the reader has seen it change
             say(screen, f"/new label {number}")
+            if number > 20 and len(seen) > 3:
+                break
         stop.set()
         reader.join(5)
         assert len(seen) > 3 and all(json.loads(text) for text in seen)
