@@ -23,6 +23,9 @@ from fake_telegram import Sent
 from fake_telegram import photo
 from harness import since
 
+from first.ledger import inbox_is_empty
+from first.ledger import pending
+
 PROMPT = "you> "
 GROUP, FORUM = -100123, -100200
 ALLOWED = f"42 43,44, {GROUP}\t{FORUM} -300"
@@ -642,7 +645,8 @@ def test_killed_in_the_middle_of_a_turn(post: Post, moment: str):
         steps.append(Gate(gates[0]))
     post.model.script("brain", [brain, *steps, Gate(gates[1], Text("at last"))])
     with post.screen(APPROVAL="always") as screen:
-        post.ask("one")
+        post.ask("one")  # and it is on disk that this one is answered and sent
+        telegram.until(lambda: inbox_is_empty(post.workspace) and not pending(post.workspace))
         telegram.say(question)
         if moment == "send":
             gates[1].set()
@@ -673,7 +677,6 @@ def test_killed_with_answers_that_wait_to_be_sent(post: Post):
         for number in range(3):
             post.telegram.say(f"message {number}")
         screen.wait_for("heard message 2")
-        time.sleep(0.1)
         screen.kill()
     with post.screen():
         assert [sent.text for sent in post.wait(3)] == [f"heard message {n}" for n in range(3)]
