@@ -44,7 +44,7 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: list[dict]
-    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
+    show: Callable  # show(text, kind) prints a text; kind is "answer", "note", ...
 
 
 @dataclass

@@ -50,7 +50,7 @@ NOTES = {
 
 
 def do_nothing(*arguments):
-    """What a callable of the agent does until a later section replaces it."""
+    """Take anything and do nothing, in place of a function that is not needed (yet)."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: list[dict]
-    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
+    show: Callable  # show(text, kind) prints a text; kind is "answer", "note", ...
     tools: list[dict]  # what the model may ask for
     workspace: Path  # the folder that tools work in
     approval: "Approval"  # whether commands run
@@ -77,8 +77,8 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)  # complete_message cleans them up
-    call_by_index: dict = field(default_factory=dict)  # the same, while they arrive
+    tool_calls: list = field(default_factory=list)  # raw, until complete_message
+    growing_calls: dict = field(default_factory=dict)  # index: the raw call that grows
     reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
@@ -331,9 +331,9 @@ class AnswerCleaner:
 
 # --- s02: tool use ---
 
-MAX_ROUNDS = 25  # of a model call and the tools that it asks for, in one turn
+MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
 MAX_RESULT = 30_000  # characters of a tool's result
-NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
+NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
 TOOL_HANDLERS = {}  # what runs: a function for each tool's name
 
@@ -344,6 +344,7 @@ def tool(handler: Callable):
     Its docstring tells the model what it does, and its parameters, all but the agent,
     become the JSON Schema of the arguments.
     """
+    # partial(handler, None) fills in the agent, which the model must not see.
     function = {
         "name": handler.__name__,
         "description": handler.__doc__,
@@ -422,8 +423,8 @@ def tool_result(call: dict, text: str) -> dict:
 
 def unanswered_tool_calls(messages: list[dict]) -> list:
     """The tool calls of the last assistant message that have no result yet."""
-    # Count the results at the end. They are those of the first calls of the message
-    # before them; its other calls have none.
+    # Results stand in the order of the calls. So if n results end the list, the first
+    # n calls of the message before them are answered, and the others are not.
     for result_count, message in enumerate(reversed(messages)):
         if message["role"] != "tool":
             return message.get("tool_calls", [])[result_count:]
@@ -462,7 +463,10 @@ def find_file(agent: Agent, path: str, is_write: bool = False) -> Path:
 
 
 def check_path(agent: Agent, file: Path, is_write: bool) -> None:
-    """Raise ValueError if a file is outside the workspace, or the program's own."""
+    """Raise ValueError if a file is outside the workspace, or the program's own.
+
+    (`is_write` is for later rules: some files may be read and not written.)
+    """
     if not file.is_relative_to(agent.workspace):
         raise ValueError("this path is outside the workspace")
     if str(file.relative_to(agent.workspace)).startswith("."):
@@ -522,7 +526,7 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     with FILE_LOCK:
         file = find_file(agent, path, True)
         text = load_text(file)
-        if "\r\n" in text:  # models write \n
+        if "\r\n" in text:  # line ends of Windows; models write \n
             old_text = re.sub("\r?\n", "\r\n", old_text)
             new_text = re.sub("\r?\n", "\r\n", new_text)
         check_passage(text, old_text)
@@ -619,7 +623,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
         target=collect_output, args=(process, output), daemon=True
     )
     reader.start()
-    ending = f"killed after {seconds} s"
+    ending = f"killed after {seconds} s"  # unless it ends in time
     try:
         with suppress(subprocess.TimeoutExpired):
             ending = f"exit code {process.wait(seconds)}"
@@ -628,7 +632,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
             kill_command(process)
     reader.join(1)  # a process left in the background may keep the pipe open
     text = output.decode(errors="replace").rstrip()
-    # Cut it here, so that the ending is not lost in run_tool's cut.
+    # Cut the output alone, so that run_tool has nothing left to cut.
     return f"{cut_middle(text, MAX_RESULT - 100)}\n[{ending}]"
 
 
@@ -637,7 +641,7 @@ def collect_output(process: subprocess.Popen, output: bytearray) -> None:
     keep = 4 * MAX_RESULT  # bytes at each end; a character has up to 4
     while block := process.stdout.read1(65536):
         output += block
-        del output[keep:-keep]  # nothing, while it is short
+        del output[keep:-keep]  # deletes nothing while the two ends overlap
 
 
 def kill_command(process: subprocess.Popen) -> None:
@@ -651,7 +655,7 @@ def kill_command(process: subprocess.Popen) -> None:
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-# Reading tool calls, and sending them back: what odd servers need
+# Reading tool calls, and sending them back (most details are for odd servers)
 
 
 def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
@@ -661,10 +665,10 @@ def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
     servers send no index, repeat the name, or send the arguments as an object.
     """
     index = delta.get("index", position)
-    call = reply.call_by_index.get(index)
+    call = reply.growing_calls.get(index)
     if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
         call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
-        reply.call_by_index[index] = call
+        reply.growing_calls[index] = call
         reply.tool_calls.append(call)
     function = delta.get("function") or {}
     call["name"] = function.get("name") or call["name"]

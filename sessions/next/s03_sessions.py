@@ -8,9 +8,9 @@
 # ///
 """s03: Sessions and context - append on write, replay on read, summarize when too big.
 
-    Session: messages --append--> <id>.jsonl --replay--> messages, after a restart
-       |
-    ContextGuard: fits the window? -- yes --> call_model
+    messages --append--> <id>.jsonl --replay--> messages, after a restart
+
+    ContextGuard: does the request fit the window? -- yes --> call_model
        ^               | no
        +---- shorten results, then summarize
 
@@ -53,7 +53,7 @@ NOTES = {
 
 
 def do_nothing(*arguments):
-    """What a callable of the agent does until a later section replaces it."""
+    """Take anything and do nothing, in place of a function that is not needed (yet)."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Agent:
     client: openai.OpenAI
     options: dict  # what every request contains besides the messages
     messages: "Session"
-    show: Callable  # show(text, kind): a piece of an "answer", or a "note"
+    show: Callable  # show(text, kind) prints a text; kind is "answer", "note", ...
     tools: list[dict]  # what the model may ask for
     workspace: Path  # the folder that tools work in
     approval: "Approval"  # whether commands run
@@ -73,7 +73,7 @@ class Agent:
     note_waiting: Callable = do_nothing  # told what the turn waits for, for /stop
     session_key: str = "agent:main:main"  # whose conversation it is
     store: "SessionStore | None" = None  # where the sessions are
-    guard: "ContextGuard | None" = None  # calls the model
+    guard: "ContextGuard | None" = None  # calls the model, and keeps to its window
 
 
 @dataclass
@@ -83,8 +83,8 @@ class Reply:
     message: dict
     finish_reason: str = ""  # empty until the server says why the answer ended
     usage: dict | None = None  # how many tokens the call took, if the server tells
-    tool_calls: list = field(default_factory=list)  # complete_message cleans them up
-    call_by_index: dict = field(default_factory=dict)  # the same, while they arrive
+    tool_calls: list = field(default_factory=list)  # raw, until complete_message
+    growing_calls: dict = field(default_factory=dict)  # index: the raw call that grows
     reasoning: list = field(default_factory=list)  # thoughts in a field of their own
 
 
@@ -337,9 +337,9 @@ class AnswerCleaner:
 
 # --- s02: tool use ---
 
-MAX_ROUNDS = 25  # of a model call and the tools that it asks for, in one turn
+MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
 MAX_RESULT = 30_000  # characters of a tool's result
-NOTES["rounds"] = f"stopped after {MAX_ROUNDS} model calls; ask again to go on"
+NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
 TOOL_HANDLERS = {}  # what runs: a function for each tool's name
 
@@ -350,6 +350,7 @@ def tool(handler: Callable):
     Its docstring tells the model what it does, and its parameters, all but the agent,
     become the JSON Schema of the arguments.
     """
+    # partial(handler, None) fills in the agent, which the model must not see.
     function = {
         "name": handler.__name__,
         "description": handler.__doc__,
@@ -428,8 +429,8 @@ def tool_result(call: dict, text: str) -> dict:
 
 def unanswered_tool_calls(messages: list[dict]) -> list:
     """The tool calls of the last assistant message that have no result yet."""
-    # Count the results at the end. They are those of the first calls of the message
-    # before them; its other calls have none.
+    # Results stand in the order of the calls. So if n results end the list, the first
+    # n calls of the message before them are answered, and the others are not.
     for result_count, message in enumerate(reversed(messages)):
         if message["role"] != "tool":
             return message.get("tool_calls", [])[result_count:]
@@ -468,7 +469,10 @@ def find_file(agent: Agent, path: str, is_write: bool = False) -> Path:
 
 
 def check_path(agent: Agent, file: Path, is_write: bool) -> None:
-    """Raise ValueError if a file is outside the workspace, or the program's own."""
+    """Raise ValueError if a file is outside the workspace, or the program's own.
+
+    (`is_write` is for later rules: some files may be read and not written.)
+    """
     if not file.is_relative_to(agent.workspace):
         raise ValueError("this path is outside the workspace")
     if str(file.relative_to(agent.workspace)).startswith("."):
@@ -528,7 +532,7 @@ def edit_file(agent: Agent, path: str, old_text: str, new_text: str) -> str:
     with FILE_LOCK:
         file = find_file(agent, path, True)
         text = load_text(file)
-        if "\r\n" in text:  # models write \n
+        if "\r\n" in text:  # line ends of Windows; models write \n
             old_text = re.sub("\r?\n", "\r\n", old_text)
             new_text = re.sub("\r?\n", "\r\n", new_text)
         check_passage(text, old_text)
@@ -625,7 +629,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
         target=collect_output, args=(process, output), daemon=True
     )
     reader.start()
-    ending = f"killed after {seconds} s"
+    ending = f"killed after {seconds} s"  # unless it ends in time
     try:
         with suppress(subprocess.TimeoutExpired):
             ending = f"exit code {process.wait(seconds)}"
@@ -634,7 +638,7 @@ def run_command(agent: Agent, command: str, seconds: int) -> str:
             kill_command(process)
     reader.join(1)  # a process left in the background may keep the pipe open
     text = output.decode(errors="replace").rstrip()
-    # Cut it here, so that the ending is not lost in run_tool's cut.
+    # Cut the output alone, so that run_tool has nothing left to cut.
     return f"{cut_middle(text, MAX_RESULT - 100)}\n[{ending}]"
 
 
@@ -643,7 +647,7 @@ def collect_output(process: subprocess.Popen, output: bytearray) -> None:
     keep = 4 * MAX_RESULT  # bytes at each end; a character has up to 4
     while block := process.stdout.read1(65536):
         output += block
-        del output[keep:-keep]  # nothing, while it is short
+        del output[keep:-keep]  # deletes nothing while the two ends overlap
 
 
 def kill_command(process: subprocess.Popen) -> None:
@@ -657,7 +661,7 @@ def kill_command(process: subprocess.Popen) -> None:
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-# Reading tool calls, and sending them back: what odd servers need
+# Reading tool calls, and sending them back (most details are for odd servers)
 
 
 def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
@@ -667,10 +671,10 @@ def merge_tool_call_delta(reply: Reply, delta: dict, position: int) -> None:
     servers send no index, repeat the name, or send the arguments as an object.
     """
     index = delta.get("index", position)
-    call = reply.call_by_index.get(index)
+    call = reply.growing_calls.get(index)
     if call is None or delta.get("id") not in (None, "", call["id"]):  # a new call
         call = {"id": delta.get("id"), "name": "", "arguments": "", "extra": {}}
-        reply.call_by_index[index] = call
+        reply.growing_calls[index] = call
         reply.tool_calls.append(call)
     function = delta.get("function") or {}
     call["name"] = function.get("name") or call["name"]
@@ -811,7 +815,7 @@ class Session:
         try:
             self.commit(record)
         except OSError:
-            self.apply(record)
+            self.apply(record)  # in memory alone
 
     def replace_all(self, messages: list[dict], why: str) -> None:
         """Put other messages in place of all, if they differ. The log keeps the old."""
@@ -823,7 +827,7 @@ class Session:
         self.commit({"type": "window", "model": model, "tokens": tokens})
 
     def commit(self, record: dict) -> None:
-        """Write a change to the log, make it, and wait until it is on the disk."""
+        """Write a change to the log, apply it, and wait until it is on the disk."""
         if not self.path.exists():
             raise OSError(f"{self.path} was removed while in use; see /new")
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -860,7 +864,7 @@ def is_message(value: object) -> bool:
         case {"role": "tool", "content": str(), "tool_call_id": str()}:
             return True
         case {"role": "user" | "assistant", "content": str(), **others}:
-            return "tool_calls" not in others  # it is no list
+            return "tool_calls" not in others  # a list of them fits the first case
     return False
 
 
@@ -881,8 +885,8 @@ def repair_history(messages: list[dict]) -> list[dict]:
         waiting = unanswered_tool_calls(repaired)
         if message["role"] == "tool":
             if waiting and waiting[0]["id"] == message["tool_call_id"]:
-                repaired.append(message)  # else its call is lost
-            continue
+                repaired.append(message)
+            continue  # a result whose call is lost is left out
         add_missing_results(repaired)
         last_role = repaired[-1]["role"] if repaired else "assistant"
         if message["role"] == "user" and last_role != "assistant":
@@ -925,8 +929,10 @@ class ContextGuard:
         Raises ContextOverflow, with the conversation as it was, if nothing helps.
         """
         before = list(agent.messages)
-        steps = (  # how to make room, and for what part of it
-            (do_nothing, 1),
+        # How to make room, and by what to divide it: so much each result, or all that
+        # is not summarized, may have.
+        steps = (
+            (do_nothing, 1),  # most requests fit as they are
             (self.shorten_results, 8),
             (self.compact, 4),
             (self.shorten_results, 64),
@@ -936,7 +942,7 @@ class ContextGuard:
             try:
                 return self.attempt(agent)
             except ContextOverflow as error:
-                overflow = error
+                overflow = error  # Python forgets `error` after this block
             if self.question_is_too_long(agent):
                 break
         agent.messages.replace_all(before, "restored")
@@ -999,9 +1005,10 @@ class ContextGuard:
         agent.messages.replace_all(shortened, "shortened")
 
     def compact(self, agent: Agent, limit: int, may_drop: bool = True) -> None:
-        """Put a summary in place of all but the latest `limit` tokens, or one message.
+        """Put a summary in place of all but the latest `limit` tokens.
 
-        If the model gives none, drop the older messages, or raise what went wrong.
+        At least one message stays. If the model gives no summary, drop the older
+        messages if `may_drop`, else raise. If it cannot be reached, always raise.
         """
         messages = list(agent.messages)
         start = self.latest_start(messages, limit)
@@ -1034,7 +1041,7 @@ class ContextGuard:
             limit -= self.estimate(messages[position])
             if limit < 0 and start < len(messages):  # at least one message stays
                 break
-            if messages[position]["role"] != "tool":  # its call stands before it
+            if messages[position]["role"] != "tool":  # its call would be left behind
                 start = position
         return start
 
@@ -1102,9 +1109,8 @@ class SessionStore:
 
     def resume(self, key: str) -> Session:
         """The session of a key in the index, else the last one, else a new one."""
-        path = (
-            self.folder / f"{self.read_index().get(key)}.jsonl"
-        )  # None.jsonl: no file
+        # For a key that is not in the index this is None.jsonl, which is no file.
+        path = self.folder / f"{self.read_index().get(key)}.jsonl"
         if path.is_file():
             return Session(path)
         found = self.find(key)
@@ -1146,11 +1152,12 @@ def read_header(path: Path) -> dict:
         return {}
 
 
-LOCKS = []  # files that stay open: to close one would release its lock
+LOCKS = []  # open files: to close one would release its lock
 
 
 def lock_workspace(folder: Path) -> None:
     """Own a workspace while the process lives. Exits if another process owns it."""
+    # It stays open on purpose.
     lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
@@ -1293,7 +1300,7 @@ def is_overflow(error: openai.OpenAIError) -> bool:
 
 
 def error_text(error: openai.OpenAIError) -> str:
-    """What a server says about an error, in the fields that quote no question."""
+    """What a server says about an error, without fields that may quote a question."""
     body = getattr(error, "body", None)
     if not isinstance(body, dict):
         return f"{error} {body}"
