@@ -18,6 +18,7 @@ from fake_telegram import FakeTelegram
 from harness import since
 
 from first import test_feishu
+from first.ledger import inbox_is_empty
 from first.test_feishu import Desk
 from first.test_feishu import lines
 from first.test_feishu import wait_until
@@ -396,6 +397,7 @@ def test_a_full_disk(desk: Desk, telegram: FakeTelegram):
     polls = len(telegram.calls)
     telegram.until(lambda: "getUpdates" in [name for name, _ in telegram.calls[polls:]])
     assert telegram.pending() == 1 and desk.asked == ["small", "small too"]
+    wait_until(lambda: inbox_is_empty(inbox(desk).parent))
     screen.kill()
     both(desk, telegram)
     assert telegram.wait_sent(1)[0].text.startswith("heard \u957f")

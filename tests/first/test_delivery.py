@@ -1076,6 +1076,7 @@ def test_a_crash_between_the_queue_and_the_inbox(post: Post, up: bool):
     with post.screen() as screen:
         post.ask("before")
         post.confirmed()
+        wait_until(lambda: inbox_is_empty(post.workspace) and not pending(post.workspace))
         if not up:
             post.telegram.hang("sendMessage", 3)
         post.telegram.say("one")
