@@ -37,6 +37,7 @@ ENTITY = re.compile(
 )
 WORD = re.compile(r"\w+")
 PARAMETERS = {
+    "deleteWebhook": "drop_pending_updates",
     "getMe": "",
     "getUpdates": "offset limit timeout allowed_updates",
     "sendChatAction": "business_connection_id chat_id message_thread_id action",
@@ -47,6 +48,7 @@ PARAMETERS = {
     "allow_paid_broadcast message_effect_id direct_messages_topic_id"
     " suggested_post_parameters",
 }
+NAMES = {name.lower(): name for name in PARAMETERS}  # the server ignores the case
 ACTIONS = (
     "typing upload_photo record_video upload_video record_voice upload_voice"
     " upload_document "
@@ -576,6 +578,7 @@ class FakeTelegram:
         up.
         """
         method = path.rpartition("/")[2]
+        method = NAMES.get(method.lower(), method)
         with self._changed:
             self.calls.append((method, params))
             self._changed.notify_all()
@@ -605,6 +608,8 @@ class FakeTelegram:
             if method == "getMe":
                 rights = {"can_join_groups": True, "can_read_all_group_messages": False}
                 return success({**self.bot, **rights, "supports_inline_queries": False})
+            if method == "deleteWebhook":
+                return success(True)
             if method == "getUpdates":
                 return self._get_updates(params, gone)
             return (
