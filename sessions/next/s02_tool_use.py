@@ -489,11 +489,11 @@ def replace_file(file: Path, text: str) -> None:
     temporary = file.with_name(f".{uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as stream:
+            if file.exists():
+                shutil.copymode(file, temporary)
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -495,11 +495,11 @@ def replace_file(file: Path, text: str) -> None:
     temporary = file.with_name(f".{uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as stream:
+            if file.exists():
+                shutil.copymode(file, temporary)
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1157,8 +1157,10 @@ LOCKS = []  # open files: to close one would release its lock
 
 def lock_workspace(folder: Path) -> None:
     """Own a workspace while the process lives. Exits if another process owns it."""
+    path = folder / ".lock"
+    path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    lock = open(path, "a")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1167,11 +1169,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        lock.seek(0)
-        sys.exit(f"{folder} is in use by {lock.read()}: end it, or set WORKSPACE_DIR")
-    lock.truncate(0)
-    lock.write(f"{__doc__[:3]}, process {os.getpid()}")
-    lock.flush()
+        owner = path.read_text()
+        sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
 
 
 # Commands

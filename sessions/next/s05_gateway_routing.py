@@ -539,11 +539,11 @@ def replace_file(file: Path, text: str) -> None:
     temporary = file.with_name(f".{uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as stream:
+            if file.exists():
+                shutil.copymode(file, temporary)
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
-        if file.exists():
-            shutil.copymode(file, temporary)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1201,8 +1201,10 @@ LOCKS = []  # open files: to close one would release its lock
 
 def lock_workspace(folder: Path) -> None:
     """Own a workspace while the process lives. Exits if another process owns it."""
+    path = folder / ".lock"
+    path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    lock = open(path, "a")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1211,11 +1213,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        lock.seek(0)
-        sys.exit(f"{folder} is in use by {lock.read()}: end it, or set WORKSPACE_DIR")
-    lock.truncate(0)
-    lock.write(f"{__doc__[:3]}, process {os.getpid()}")
-    lock.flush()
+        owner = path.read_text()
+        sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
 
 
 # Commands
@@ -1382,8 +1382,12 @@ class InboundMessage:
 
     def prompt(self) -> str:
         """The text as the model gets it."""
-        text = f"{self.context}\n{self.text}".strip()
-        return f"[{self.sender}] {text}" if self.is_group else text
+        text = self.text
+        if self.context:
+            text = f"{self.context}\n{text}"
+        if self.is_group:
+            text = f"[{self.sender}] {text}"
+        return text
 
 
 class Database:
@@ -1620,7 +1624,7 @@ class Channel:
         try:
             call_with_retries(self.start, self.report)
         except Exception as error:  # whatever it is, the other channels work
-            self.report(f"off: {error}")
+            self.report(f"off: {error}. Check its settings in .env")
 
 
 class TerminalChannel(Channel):
@@ -1720,7 +1724,7 @@ class Outbox:
     def close(self, seconds: float) -> None:
         """Give the answers that are on their way some time to arrive."""
         deadline = time.monotonic() + seconds
-        for waiting in self.queues.values():
+        for waiting in list(self.queues.values()):
             while waiting.unfinished_tasks and time.monotonic() < deadline:
                 time.sleep(0.01)
 
@@ -1940,7 +1944,8 @@ class App:
 
     def handle_line(self, line: str) -> None:
         """Answer a line that the person at the terminal has typed."""
-        message = InboundMessage("terminal", "default", "", line, received=time.time())
+        message = InboundMessage("terminal", "default", "", line, uuid4().hex)
+        message.received = time.time()
         self.terminal.leave_prompt()
         try:
             if line.startswith("/"):
@@ -2219,12 +2224,16 @@ class PollingBot:
 
     async def get_updates(self, offset: int | None, timeout: int, **request) -> list:
         """Fetch the next updates. Raises TelegramError: the Updater tries again."""
-        # In lower case, as the library warns of "getUpdates": it has a method for that.
-        found = await self.channel.bot.do_api_request(
-            "getupdates",
-            {"offset": offset or 0, "timeout": timeout, **request},
-            read_timeout=timeout + 10,
-        )
+        errors = self.channel.telegram.error
+        try:
+            # In lower case: for "getUpdates", the library has a method, and warns.
+            found = await self.channel.bot.do_api_request(
+                "getupdates",
+                {"offset": offset or 0, "timeout": timeout, **request},
+                read_timeout=timeout + 10,
+            )
+        except errors.InvalidToken as error:  # would end the Updater
+            raise errors.NetworkError(str(error)) from None
         self.channel.report(f"on, as @{self.channel.bot.username}")
         return [
             SimpleNamespace(update_id=data["update_id"], data=data) for data in found
