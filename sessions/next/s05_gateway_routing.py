@@ -1204,7 +1204,7 @@ def lock_workspace(folder: Path) -> None:
     path = folder / ".lock"
     path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1213,9 +1213,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        owner = path.read_text()
+        owner = path.read_text("utf-8")
         sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
-    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}", "utf-8")
 
 
 # Commands
@@ -2875,9 +2875,9 @@ class GatewayServer(Channel):
         """A token that stays the same, so that a link is good after a restart."""
         file = self.app.agent.workspace / ".state" / "gateway-token"
         file.touch(0o600)
-        if not file.read_text():
-            file.write_text(secrets.token_urlsafe(16))
-        return file.read_text()
+        if not file.read_text("utf-8"):
+            file.write_text(secrets.token_urlsafe(16), "utf-8")
+        return file.read_text("utf-8")
 
     async def listen(self, port: int) -> str:
         """Open the port. Returns the address. Raises OSError if it is taken."""
