@@ -2765,7 +2765,7 @@ def short_reason(error: ValueError) -> str:
         return str(error)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}"
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def build_session_key(agent_id: str, message: InboundMessage, dm_scope: str) -> str:
