@@ -1569,8 +1569,8 @@ class Channel:
         chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
         return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
 
-    def receive(self, message: InboundMessage) -> None:
-        """Take what a person has said. It is on disk when this returns.
+    def receive(self, message: InboundMessage) -> bool:
+        """Take what a person has said: then it is on disk. Returns whether it is taken.
 
         Raises sqlite3.Error if it cannot be written.
         """
@@ -1579,10 +1579,12 @@ class Channel:
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
             self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
-        elif self.app.inbox.count_waiting(message) >= MAX_WAITING:
+            return False
+        if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
-        else:
-            self.app.inbox.put(message)
+            return False
+        self.app.inbox.put(message)
+        return True
 
     def log(self, text: str) -> None:
         """Say something at the terminal, without the key of the account."""
@@ -2314,7 +2316,7 @@ class FeishuChannel(Channel):
             if not self.setting(name):
                 raise ChannelError(f"FEISHU_{name} is not set", is_permanent=True)
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        port = int(self.setting("PORT", "3000"))
+        port = parse_port(self.setting("PORT", "3000"))
         address = LoopThread().submit(WebhookServer(self).listen(port)).result()
         self.report(f"on, at {address}")
 
@@ -2435,6 +2437,13 @@ class FeishuChannel(Channel):
             is_group=is_group,
             guild=event["header"].get("tenant_key", ""),
         )
+
+
+def parse_port(text: str) -> int:
+    """The number of a port. Raises ValueError if it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text} is not the number of a port")
+    return int(text)
 
 
 def decrypt(secret: str, text: str) -> bytes:
