@@ -39,13 +39,20 @@ def type_line(screen: Screen, line: str) -> str:
     return screen.text[begin:end]
 
 
+def fake_telegram() -> FakeTelegram:
+    """A server that answers at once, also if it has no news."""
+    telegram = FakeTelegram()
+    telegram.poll_cap = 0.1  # seconds
+    return telegram
+
+
 def texts_to(telegram: FakeTelegram, chat: int) -> list[str]:
     return [sent.text for sent in telegram.sent_to(chat)]
 
 
 def test_s04_tell(script: Section, fake_model: FakeModel):
     """Add: /tell <channel> <peer> <text> sends a text to a chat, in your own words."""
-    with FakeTelegram() as telegram:
+    with fake_telegram() as telegram:
         telegram.know(42)
         telegram.know(7)
         with Screen(script, settings(fake_model, telegram)) as screen:
@@ -59,7 +66,9 @@ def test_s04_tell(script: Section, fake_model: FakeModel):
             wanted = ["dinner is ready"]
             assert sent == wanted, f"expected chat 42 to get {wanted}; got {sent}"
             shown = type_line(screen, "/tell pigeon 42 hello")
-            problem = f"expected one line that says that there is no pigeon; got {shown!r}"
+            problem = (
+                f"expected one line that says that there is no pigeon; got {shown!r}"
+            )
             assert "pigeon" in shown and "Traceback" not in shown, problem
             telegram.say("/tell telegram 7 boo")
             telegram.wait_sent(2)
@@ -123,7 +132,7 @@ def test_s04_folder(script: Section, fake_model: FakeModel, tmp_path: Path):
 
 def test_s04_lost(script: Section, fake_model: FakeModel):
     """Find: Telegram is down, you restart the agent, and an answer never arrives."""
-    with FakeTelegram() as telegram:
+    with fake_telegram() as telegram:
         env = settings(fake_model, telegram)
         with Screen(script, env) as screen:
             screen.wait_for("on, as @", 30)
