@@ -105,7 +105,7 @@ def leave(screen: Screen) -> None:
 
 
 def test_s04_folder(script: Section, fake_model: FakeModel, tmp_path: Path):
-    """Add: a channel `folder`: a text file in FOLDER_DIR is a message to be answered."""
+    """Add: a channel `folder`: each text file in FOLDER_DIR is a message."""
     folder = tmp_path / "letters"
     folder.mkdir()
     fake_model.script(None, [repeat], repeat=True)
