@@ -195,6 +195,7 @@ def open_desk(
         feishu.app_secret = "an-app-secret"
         feishu.verification_token = "a-verification-token"
         feishu.users |= {"ou_bobby"}
+        telegram.poll_cap = 0.3  # seconds: the channel is on after the first poll
         desk = Desk(section, workspace, model, telegram, feishu)
         try:
             yield desk
@@ -218,11 +219,17 @@ def lines_with(screen: harness.Screen, *parts: str) -> list[str]:
     return [line for line in lines if all(part in line for part in parts)]
 
 
-def say(screen: harness.Screen, text: str, answer: str) -> None:
-    """Type a line, and wait for its answer and for the next prompt."""
+def say(screen: harness.Screen, text: str, answer: str) -> str:
+    """Type a line, and wait for its answer and for the next prompt.
+
+    Returns what came in between.
+    """
+    wait_for_paper(screen, PROMPT)
+    before = len(screen.text)
     screen.type(f"{text}\n")
     screen.wait_for(answer)
     wait_for_paper(screen, PROMPT)
+    return screen.text[before:]
 
 
 def wait_for_paper(screen: harness.Screen, ending: str) -> None:
