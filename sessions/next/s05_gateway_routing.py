@@ -66,7 +66,7 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import asdict
 from email import message_from_string
-from email.message import Message
+from email.message import Message as HttpHeaders
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import NoReturn
@@ -382,6 +382,7 @@ class AnswerCleaner:
 # --- s02: tool use ---
 
 MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
+MAX_CALLS = 100  # in one answer; more than that is a model gone wild
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -446,7 +447,7 @@ def call_handler(agent: Agent, name: str, arguments: dict) -> str:
     pydantic makes "5" the number 5 where a number is wanted. Null means the default.
     """
     if name not in TOOL_HANDLERS:
-        raise ValueError(f"there is no tool {name}, only {', '.join(TOOL_HANDLERS)}")
+        raise ValueError(f"there is no tool {name}")
     handler = pydantic.validate_call(partial(TOOL_HANDLERS[name], agent))
     given = {key: value for key, value in arguments.items() if value is not None}
     return handler(**given)
@@ -738,7 +739,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     calls = []
     signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
-    for call in reply.tool_calls:
+    for call in reply.tool_calls[:MAX_CALLS]:
         calls.append(normalize_tool_call(call))
         signed_calls.append(calls[-1] | call["extra"])
     reply.tool_calls = calls
@@ -1139,8 +1140,8 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            # A damaged header names no key: show it to all rather than lose it.
-            if read_header(path).get("key", key) == key:
+            # A damaged header names no key: show it to the owner rather than lose it.
+            if read_header(path).get("key", "agent:main:main") == key:
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 
@@ -1356,7 +1357,7 @@ def error_text(error: openai.OpenAIError) -> str:
 
 # Part 1: the inbox, channels, and the App
 
-REMEMBER_SECONDS = 24 * 3600  # platforms give up before they bring a message again
+REMEMBER_SECONDS = 24 * 3600  # after that, no platform brings a message again
 MAX_WAITING = 100  # messages of one chat
 SESSION_COMMANDS = ["/new", "/list", "/switch", "/context", "/compact"]
 REMOTE_COMMANDS = [*SESSION_COMMANDS]  # what people may use on all channels
@@ -1371,7 +1372,7 @@ class InboundMessage:
     peer: str  # the chat, where the answer goes
     text: str
     id: str = ""  # the platform's: a message that comes again has the same
-    sender: str = ""  # the name of who said it
+    sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
     guild: str = ""  # the company or server that a chat belongs to
     context: str = ""  # what it replies to, quotes, forwards, or brings along
@@ -1391,7 +1392,7 @@ class InboundMessage:
 
 
 class Database:
-    """An SQLite file for what has to be worked off, such as messages to answer."""
+    """An SQLite file that remembers what has to be done, such as messages to answer."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(0o700, exist_ok=True)
@@ -1427,7 +1428,7 @@ class Inbox:
             "SELECT message, answer FROM inbox WHERE done IS NULL ORDER BY number"
         )
         for record, answer in rows:
-            self.add(InboundMessage(**json.loads(record), answer=answer))
+            self.add_or_join(InboundMessage(**json.loads(record), answer=answer))
 
     def put(self, message: InboundMessage) -> None:
         """Take a message, unless it has come before. It is on disk when this returns.
@@ -1446,10 +1447,10 @@ class Inbox:
                 to_record(message),
             )
             if is_new:
-                self.add(message)
+                self.add_or_join(message)
                 self.changed.notify()
 
-    def add(self, message: InboundMessage) -> None:
+    def add_or_join(self, message: InboundMessage) -> None:
         """Put a message in line, or join it with the one that it is a part of."""
         whole = self.find_beginning(message)
         if not whole:
@@ -1463,11 +1464,12 @@ class Inbox:
 
     def find_beginning(self, message: InboundMessage) -> InboundMessage | None:
         """The waiting message that a new one is a part of, if there is one."""
-        for whole in self.waiting:
-            is_in_time = message.received <= whole.received + whole.expects_more
-            is_same_sender = message.sender == whole.sender
-            if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
-                return whole
+        with self.changed:
+            for whole in self.waiting:
+                is_in_time = message.received <= whole.received + whole.expects_more
+                is_same_sender = message.sender == whole.sender
+                if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
+                    return whole
         return None
 
     def take(self) -> InboundMessage:
@@ -1477,9 +1479,10 @@ class Inbox:
                 self.changed.wait_for(lambda: self.waiting)
                 message = self.waiting[0]
                 seconds = message.received + message.expects_more - time.time()
-                if seconds <= 0:
+                # It is more than expected if somebody has set the clock back.
+                if not 0 < seconds <= message.expects_more:
                     return self.waiting.pop(0)
-                self.changed.wait(min(seconds, message.expects_more))
+                self.changed.wait(seconds)
 
     def set_answer(self, message: InboundMessage, answer: str) -> None:
         """Keep the answer to a message until it is sent."""
@@ -1498,7 +1501,8 @@ class Inbox:
 
     def count_waiting(self, message: InboundMessage) -> int:
         """How many messages of the same chat wait."""
-        chats = [chat_of(other) for other in self.waiting]
+        with self.changed:
+            chats = [chat_of(other) for other in self.waiting]
         return chats.count(chat_of(message))
 
 
@@ -1512,6 +1516,11 @@ def to_record(message: InboundMessage) -> str:
 def chat_of(message: InboundMessage) -> tuple:
     """What identifies the chat that a message was written in."""
     return message.channel, message.account, message.peer
+
+
+def without_topic(peer: str) -> str:
+    """The chat alone: a topic in it, such as in a forum, is <chat>:topic:<number>."""
+    return peer.split(":topic:")[0]
 
 
 # Channels: one way for all to receive, send, and say how they are
@@ -1550,14 +1559,15 @@ class Channel:
     """A way to people. One object is one account: one bot, one app, the terminal."""
 
     name = ""
-    key_setting = ""  # the setting that an account must have
+    key_setting = ""  # an account exists if it has this setting
+    secret_setting = ""  # never to be shown
     max_length = 4000  # characters of one text
 
     def __init__(self, app: "App", account: str = "default") -> None:
         self.app = app
         self.account = account
         self.status = "starting"
-        self.logged = set()  # what log_once has said
+        self.logged = set()  # the subjects of log_once
 
     def __str__(self) -> str:
         return self.name if self.account == "default" else f"{self.name} {self.account}"
@@ -1583,11 +1593,11 @@ class Channel:
 
     def allows(self, message: InboundMessage) -> bool:
         """Whether the people of a chat may talk to the agent. Nobody by default."""
-        chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
-        return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
+        allowed = self.setting("ALLOWED_CHATS").replace(",", " ").split()
+        return without_topic(message.peer) in allowed
 
-    def receive(self, message: InboundMessage) -> None:
-        """Take what a person has said. It is on disk when this returns.
+    def receive(self, message: InboundMessage) -> bool:
+        """Take what a person has said: then it is on disk. Returns whether it is taken.
 
         Raises sqlite3.Error if it cannot be written.
         """
@@ -1595,31 +1605,37 @@ class Channel:
         message.sender = replace_surrogates(message.sender)
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
-            self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
-        elif self.app.inbox.count_waiting(message) >= MAX_WAITING:
+            chat = without_topic(message.peer)
+            self.log_once(chat, f"{chat} ({message.sender}) is not in ALLOWED_CHATS")
+            return False
+        if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
-        else:
-            self.app.inbox.put(message)
+            return False
+        self.app.inbox.put(message)
+        return True
 
     def log(self, text: str) -> None:
-        """Say something at the terminal, without the key of the account."""
-        key = self.setting(self.key_setting)
-        if key:
-            text = text.replace(key, "***")
-        line = " ".join(text.split())[:300]
+        """Say something at the terminal, in one line."""
+        line = " ".join(self.mask_secret(text).split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
-    def log_once(self, text: str) -> None:
-        """Say something at the terminal that strangers could cause again and again."""
-        if text not in self.logged:
-            self.logged.add(text)
+    def log_once(self, subject: str, text: str) -> None:
+        """Say something that strangers could cause again and again: once a subject."""
+        if subject not in self.logged:
+            self.logged.add(subject)
             self.log(text)
 
     def report(self, status: str) -> None:
         """Note how the channel is, and say so at the terminal if it has changed."""
+        status = self.mask_secret(status)
         if status != self.status:
             self.log(status)
         self.status = status
+
+    def mask_secret(self, text: str) -> str:
+        """The text without the secret of the account: errors may contain it."""
+        secret = self.setting(self.secret_setting)
+        return text.replace(secret, "***") if secret else text
 
     def run(self) -> None:
         """Start, again and again while that fails for a time. Runs in a thread."""
@@ -1693,21 +1709,21 @@ class Outbox:
         chat = chat_of(message)
         if chat not in self.queues:
             self.queues[chat] = queue.Queue()
-            threading.Thread(target=self.work, args=[chat], daemon=True).start()
+            threading.Thread(target=self.send_answers, args=[chat], daemon=True).start()
         self.queues[chat].put(replace(message, answer=answer))
 
-    def work(self, chat: tuple) -> None:
-        """Send what there is for a chat. Runs in a thread."""
-        waiting = self.queues[chat]
+    def send_answers(self, chat: tuple) -> None:
+        """Send what there is for a chat. Runs in a thread of this chat."""
+        answers = self.queues[chat]
         while True:
-            message = waiting.get()
+            message = answers.get()
             channel = self.app.channels[message.channel, message.account]
             try:
                 self.send(channel, message)
                 self.app.inbox.done(message)
             except Exception as error:  # the answer stays in the inbox
                 channel.log(f"not sent to {message.peer}: {error}")
-            waiting.task_done()
+            answers.task_done()
 
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
@@ -1725,8 +1741,8 @@ class Outbox:
     def close(self, seconds: float) -> None:
         """Give the answers that are on their way some time to arrive."""
         deadline = time.monotonic() + seconds
-        for waiting in list(self.queues.values()):
-            while waiting.unfinished_tasks and time.monotonic() < deadline:
+        for answers in list(self.queues.values()):
+            while answers.unfinished_tasks and time.monotonic() < deadline:
                 time.sleep(0.01)
 
 
@@ -1736,7 +1752,7 @@ def split_text(text: str, limit: int) -> list[str]:
     while len(text) > limit:
         newline = text.rfind("\n", limit // 2, limit)
         blank = text.rfind(" ", limit // 2, limit)
-        cut = max(newline, blank) + 1 or limit
+        cut = newline + 1 or blank + 1 or limit  # they are -1 if there is none
         parts.append(text[:cut])
         text = text[cut:]
     return [*parts, text]
@@ -1753,7 +1769,10 @@ def create_channels(app: "App") -> dict[tuple, Channel]:
         for name in sorted(os.environ):
             if name.startswith(setting) and os.environ[name].strip():
                 account = name.removeprefix(setting).strip("_").lower() or "default"
-                channels[kind.name, account] = kind(app, account)
+                try:
+                    channels[kind.name, account] = kind(app, account)
+                except Exception as error:  # the libraries do not say what they raise
+                    app.terminal.log(f"{kind.name} {account} is off: {error}")
     return channels
 
 
@@ -1797,19 +1816,24 @@ class App:
         """Start the channels, and the thread that works off the inbox."""
         for channel in self.channels.values():
             threading.Thread(target=channel.run, daemon=True).start()
-        threading.Thread(target=self.work, daemon=True).start()
+        threading.Thread(target=self.take_messages, daemon=True).start()
 
     def close(self, seconds: float) -> None:
         """End what runs. It has some seconds for that."""
+        self.kill_commands()
+        self.outbox.close(seconds)
+        self.kill_commands()  # a turn may have begun another one
+
+    def kill_commands(self) -> None:
+        """Kill the commands of bash that are running."""
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
                 kill_command(thing)
-        self.outbox.close(seconds)
 
     # A message from the inbox
 
-    def work(self) -> None:
-        """Send one message after the other on its way. Runs in a thread."""
+    def take_messages(self) -> None:
+        """Take one message after the other from the inbox. Runs in a thread."""
         while True:
             try:
                 self.dispatch(self.inbox.take())
@@ -1822,12 +1846,12 @@ class App:
         self.process(message)
 
     def process(self, message: InboundMessage) -> None:
-        """Answer a message. If that fails, it stays in the inbox until a restart."""
+        """Answer a message. If the disk does not allow it, it waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
             return  # until the settings are as before, and the program is started again
         try:
-            if not self.needs_turn(message):
+            if self.finish_without_turn(message):
                 return
             channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
@@ -1836,18 +1860,19 @@ class App:
         except Exception as error:  # such as a full disk
             channel.log(f"not answered: {explain(error)}")
 
-    def needs_turn(self, message: InboundMessage) -> bool:
-        """Whether the model has to work. If not, what is to be done is done here."""
+    def finish_without_turn(self, message: InboundMessage) -> bool:
+        """Do what needs no model. Returns whether nothing is left to do then."""
         if message.answer is None:
-            return True
+            return False
         self.outbox.put(message, message.answer)  # the program ended before it was sent
-        return False
+        return True
 
     @contextmanager
     def exclusive(self, message: InboundMessage) -> Iterator[None]:
         """Hold what a turn needs for itself: until s10, turns run one at a time.
 
-        Who waits holds `next_turn`, so that nobody who comes later is faster.
+        The second lock makes it fair: a thread that has just had a turn cannot get the
+        next one before the thread that waits.
         """
         with self.next_turn:
             self.turn.acquire()
@@ -1877,7 +1902,7 @@ class App:
         agent.show = show
         self.begin_turn(agent, message)
         answer = self.respond(agent, message) or "\n".join(notes)
-        self.sessions[agent.session_key] = agent.messages  # /new has changed it
+        self.sessions[agent.session_key] = agent.messages  # another one after /new
         self.waiting_for.pop(agent.session_key, None)
         self.end_turn(agent, message, answer)
         return answer
@@ -1888,7 +1913,7 @@ class App:
     def show_piece(
         self, agent: Agent, message: InboundMessage, text: str, kind: str
     ) -> None:
-        """What others see of a turn's text, as it arrives."""
+        """What others see of a turn's text as it arrives. On channels: nothing."""
         if message.channel == self.terminal.name:
             self.agent.show(text, kind)
 
@@ -1956,7 +1981,9 @@ class App:
                 with self.exclusive(message):
                     self.run_turn(message)
                 print()
-        except (KeyboardInterrupt, OSError, sqlite3.Error) as error:
+        except KeyboardInterrupt:  # while somebody else had the turn
+            print("[stopped]")
+        except (OSError, sqlite3.Error) as error:
             print(f"[{explain(error)}]")
         self.terminal.show_prompt()
 
@@ -2020,7 +2047,11 @@ def open_app(kind: type[App], agent: Agent) -> App:
     try:
         return kind(agent)
     except (OSError, sqlite3.Error) as error:
-        sys.exit(f"{agent.workspace / '.state'} cannot be used: {error}")
+        folder = agent.workspace / ".state"
+        sys.exit(
+            f"{folder} cannot be used: {error}. Is the disk full? If not, move the"
+            " folder away: then a new one is made"
+        )
 
 
 # Part 2: Telegram
@@ -2047,6 +2078,7 @@ class TelegramChannel(Channel):
 
     name = "telegram"
     key_setting = "BOT_TOKEN"
+    secret_setting = "BOT_TOKEN"
 
     def __init__(self, app: App, account: str) -> None:
         super().__init__(app, account)
@@ -2077,6 +2109,7 @@ class TelegramChannel(Channel):
                 allowed_updates=["message"],
                 error_callback=lambda error: self.report(f"{error}; trying again"),
             )
+            self.report(f"on, as @{self.bot.username}")
         except self.telegram.error.TelegramError as error:
             raise self.channel_error(error) from None
 
@@ -2112,7 +2145,7 @@ class TelegramChannel(Channel):
             account=self.account,
             peer=str(message.chat.id),
             text=self.mention.sub("", text).strip(),
-            received=time.time(),
+            received=time.time(),  # for find_beginning, below
             id=f"telegram:{self.bot.id}:{message.chat.id}:{message.message_id}",
             sender=name_of(message),
             is_group=message.chat.type != "private",
@@ -2311,6 +2344,7 @@ class FeishuChannel(Channel):
 
     name = "feishu"
     key_setting = "APP_ID"
+    secret_setting = "APP_SECRET"
 
     def __init__(self, app: App, account: str) -> None:
         super().__init__(app, account)
@@ -2329,9 +2363,9 @@ class FeishuChannel(Channel):
         """Open the webhook. Raises ChannelError if a setting is missing or wrong."""
         for name in ("APP_SECRET", "VERIFICATION_TOKEN"):
             if not self.setting(name):
-                raise ChannelError(f"FEISHU_{name} is not set", is_permanent=True)
+                raise ChannelError(f"its {name} is not set", is_permanent=True)
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        port = int(self.setting("PORT", "3000"))
+        port = parse_port(self.setting("PORT", "3000"))
         address = LoopThread().submit(WebhookServer(self).listen(port)).result()
         self.report(f"on, at {address}")
 
@@ -2358,7 +2392,7 @@ class FeishuChannel(Channel):
     def request(self, method: str, path: str, body: dict | None) -> tuple:
         """One request to the API: its response, and the JSON object in that."""
         headers = {}
-        if path != TOKEN_PATH:
+        if path != TOKEN_PATH:  # this request gets the token, and so it has none
             headers["Authorization"] = f"Bearer {self.valid_token()}"
         try:
             response = self.http.request(method, path, json=body, headers=headers)
@@ -2381,13 +2415,14 @@ class FeishuChannel(Channel):
         kind = "open_id" if peer.startswith("ou_") else "chat_id"
         content = json.dumps({"text": text})
         message = {"receive_id": peer, "msg_type": "text", "content": content}
-        message["uuid"] = hashlib.sha256(key.encode()).hexdigest()[:40]
+        if key:
+            message["uuid"] = hashlib.sha256(key.encode()).hexdigest()[:40]
         path = f"/open-apis/im/v1/messages?receive_id_type={kind}"
         self.call("POST", path, message)
 
     # Receiving
 
-    def take_request(self, headers: Message, body: bytes) -> tuple[int, dict]:
+    def handle_event(self, headers: HttpHeaders, body: bytes) -> tuple[int, dict]:
         """The answer to a POST request: an HTTP status and a JSON object."""
         try:
             event = self.verify_event(headers, body)
@@ -2397,15 +2432,18 @@ class FeishuChannel(Channel):
             if message:
                 self.receive(message)
             return 200, {}
-        except Exception as error:
-            self.log_once(f"an event was refused: {error!r}")
-            if isinstance(error, PermissionError):
-                return 401, {}
-            if isinstance(error, sqlite3.Error):
-                return 500, {}  # then Feishu brings the message again
-            return 400, {}  # it is not as Feishu writes events
+        except PermissionError as error:
+            self.log_once(str(error), f"an event was refused: {error}")
+            return 401, {}
+        except sqlite3.Error as error:
+            self.log(f"a message could not be stored: {error}")
+            return 500, {}  # then Feishu brings it again
+        except Exception as error:  # it is not as Feishu writes events
+            kind = type(error).__name__
+            self.log_once(kind, f"an event was refused, its form is wrong: {kind}")
+            return 400, {}
 
-    def verify_event(self, headers: Message, body: bytes) -> dict:
+    def verify_event(self, headers: HttpHeaders, body: bytes) -> dict:
         """The event in a request. Raises PermissionError unless Feishu has sent it."""
         event = RECORD.validate_json(body)
         secret = self.setting("ENCRYPT_KEY")
@@ -2437,7 +2475,7 @@ class FeishuChannel(Channel):
             return None
         content = RECORD.validate_json(message["content"])
         text = read_content(message["message_type"], content)
-        for mention in mentions:
+        for mention in reversed(mentions):  # @_user_11 before @_user_1
             is_bot = mention["id"].get("open_id") == self.bot_id
             name = "" if is_bot else f"@{mention['name']}"
             text = text.replace(mention["key"], name)
@@ -2452,6 +2490,13 @@ class FeishuChannel(Channel):
             is_group=is_group,
             guild=event["header"].get("tenant_key", ""),
         )
+
+
+def parse_port(text: str) -> int:
+    """The number of a port. Raises ValueError if it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text} is not the number of a port")
+    return int(text)
 
 
 def decrypt(secret: str, text: str) -> bytes:
@@ -2469,7 +2514,7 @@ def decrypt(secret: str, text: str) -> bytes:
     return unpadder.update(padded) + unpadder.finalize()
 
 
-def check_signature(headers: Message, body: bytes, secret: str) -> None:
+def check_signature(headers: HttpHeaders, body: bytes, secret: str) -> None:
     """Raise PermissionError unless Feishu has signed a request within the last hour."""
     timestamp = headers.get("X-Lark-Request-Timestamp", "")
     nonce = headers.get("X-Lark-Request-Nonce", "")
@@ -2486,7 +2531,7 @@ def read_content(kind: str, content: dict) -> str:
     if kind == "text":
         return content["text"]
     if kind != "post":
-        return f"[{kind} {content.get('file_name', '')}: you cannot see it]"
+        return describe_file(kind, content)
     if "content" not in content:  # one post for each language, as {"zh_cn": {...}}
         content = next(iter(content.values()))
     lines = [content.get("title") or ""]
@@ -2503,8 +2548,16 @@ def read_element(element: dict) -> str:
         case {"text": str(text)}:
             return text
         case {"tag": "at", "user_id": str(person)}:
-            return element.get("user_name") or person
-    return f"[{element.get('tag')} {element.get('file_name', '')}: you cannot see it]"
+            return person  # such as @_user_1
+        case {"tag": "emotion", "emoji_type": str(name)}:
+            return f":{name}:"
+    return describe_file(element.get("tag"), element)
+
+
+def describe_file(kind: str, content: dict) -> str:
+    """A line about something that is no text."""
+    name = content.get("file_name", "")
+    return f"[{kind} {name}".strip() + ": you cannot see it]"
 
 
 class WebhookServer:
@@ -2525,10 +2578,11 @@ class WebhookServer:
         self.connections[writer] = None
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = next(iter(self.connections))
+            del self.connections[oldest]
             oldest.transport.abort()
         try:
             async with asyncio.timeout(MAX_REQUEST_SECONDS):
-                status, answer = await self.answer(reader)
+                status, answer = await self.handle_request(reader)
                 body = json.dumps(answer)
                 writer.write(
                     f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -2537,23 +2591,23 @@ class WebhookServer:
                 )
                 await writer.drain()
         except (OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # too slow, too long, or gone
+            pass  # too slow (TimeoutError is an OSError), too long, or gone
         finally:
-            del self.connections[writer]
+            self.connections.pop(writer, None)
             writer.close()
 
-    async def answer(self, reader: StreamReader) -> tuple[int, dict]:
+    async def handle_request(self, reader: StreamReader) -> tuple[int, dict]:
         """Read a request. Returns the HTTP status and the JSON object for it."""
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
-        if not request_line.startswith("POST /feishu/events"):
+        if not re.match(r"POST /feishu/events[ ?]", request_line):
             return 404, {}
         headers = message_from_string(lines)
         length = headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,6}", length):  # no event has a million bytes
             return 413, {}
         body = await reader.readexactly(int(length))
-        return await asyncio.to_thread(self.channel.take_request, headers, body)
+        return await asyncio.to_thread(self.channel.handle_event, headers, body)
 
 
 CHANNELS.append(FeishuChannel)
@@ -2565,11 +2619,12 @@ CHANNELS.append(FeishuChannel)
 
 MAIN = "main"  # the agent that answers if no binding says otherwise
 DM_SCOPES = Literal["main", "per-peer", "per-channel-peer", "per-account-channel-peer"]
-CONFIG_FILES = ("agents.json", "bindings.json", "cron.json")  # the owner's to edit
+# For the owner to edit. (CRON.json comes in s07.)
+CONFIG_FILES = ("agents.json", "bindings.json", "cron.json")
 
 
 class Binding(BaseModel, extra="forbid", frozen=True):
-    """Sends messages to an agent: those that have the same value in each field set."""
+    """Sends messages to an agent. Each field that is set must equal the message's."""
 
     agent: str
     channel: str = ""
@@ -2590,8 +2645,14 @@ class Binding(BaseModel, extra="forbid", frozen=True):
         return "default"
 
     def rank(self) -> tuple:
-        """What decides between bindings of one tier: priority, then the fields set."""
-        return self.priority, sum(map(bool, self.match_key()))
+        """What decides within a tier: the priority, then how narrow it is."""
+        fields_set = [field for field in self.match_key() if field]
+        return self.priority, ":topic:" in self.peer, len(fields_set)
+
+
+def tier_of(binding: Binding | None) -> str:
+    """The tier of what has decided about a message: a binding, or none."""
+    return binding.tier() if binding else "default"
 
 
 class BindingTable:
@@ -2602,29 +2663,45 @@ class BindingTable:
         self.agents = agents
         self.lock = threading.Lock()
         self.bindings = []
-        self.unreadable = []  # entries that are kept as they are
+        self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
-        for position, entry in enumerate(load_config(file, [])):
-            try:
-                self.bindings.append(self.check(Binding.model_validate(entry)))
-            except ValueError as error:
-                self.unreadable.append(entry)
-                print(f"[bindings.json, entry {position + 1}: {short_reason(error)}]")
-        self.index()
+        try:
+            self.load()
+        except ValueError as error:
+            print(f"[{error}]")
 
-    def check(self, binding: Binding) -> Binding:
-        """The binding. Raises ValueError if it could never apply."""
+    def load(self) -> None:
+        """Read the file. An entry that cannot be used is named and left out.
+
+        Raises ValueError if the file as a whole cannot be used.
+        """
+        bindings = []
+        unusable = []
+        for position, entry in enumerate(load_config(self.file, list), 1):
+            try:
+                binding = Binding.model_validate(entry)
+                self.check(binding)
+                bindings.append(binding)
+            except ValueError as error:
+                unusable.append(entry)
+                print(f"[bindings.json, entry {position}: {short_reason(error)}]")
+        self.unusable = unusable
+        self.use(bindings)
+
+    def check(self, binding: Binding) -> None:
+        """Raise ValueError if a binding could never apply."""
         if binding.agent not in self.agents:
             raise ValueError(f"there is no agent {binding.agent}")
         if binding.tier() != "default" and not binding.channel:
             raise ValueError(f"a binding by {binding.tier()} needs a channel")
-        return binding
 
-    def index(self) -> None:
-        """Prepare the look-up of bindings by their match keys."""
-        self.best = {}
-        for binding in sorted(self.bindings, key=Binding.rank):
-            self.best[binding.match_key()] = binding  # the last one, so the highest
+    def use(self, bindings: list[Binding]) -> None:
+        """Take these bindings from now on."""
+        best = {}
+        for binding in sorted(bindings, key=Binding.rank):
+            best[binding.match_key()] = binding  # the last one, so the highest
+        self.bindings = bindings
+        self.best = best  # replaced as a whole, as other threads look things up
 
     def resolve(self, message: InboundMessage) -> Binding | None:
         """The binding for a message: of the first tier that has one, the best.
@@ -2639,12 +2716,15 @@ class BindingTable:
 
     def set(self, binding: Binding) -> None:
         """Add a binding, or replace the one with the same fields and priority."""
+        self.check(binding)
         with self.lock:
-            self.save([*self.others(binding), self.check(binding)])
+            self.load()  # the owner may have edited the file
+            self.save([*self.others(binding), binding])
 
     def remove(self, binding: Binding) -> None:
         """Remove the binding with the same fields and priority. Raises ValueError."""
         with self.lock:
+            self.load()
             others = self.others(binding)
             if len(others) == len(self.bindings):
                 raise ValueError("there is no such binding")
@@ -2658,10 +2738,9 @@ class BindingTable:
     def save(self, bindings: list[Binding]) -> None:
         """Write the file as a whole, then use what is in it."""
         entries = [binding.model_dump(exclude_defaults=True) for binding in bindings]
-        text = json.dumps([*entries, *self.unreadable], indent=2, ensure_ascii=False)
+        text = json.dumps([*entries, *self.unusable], indent=2, ensure_ascii=False)
         replace_file(self.file, text + "\n")
-        self.bindings = bindings
-        self.index()
+        self.use(bindings)
 
 
 def tier_keys(message: InboundMessage) -> list[list]:
@@ -2670,10 +2749,11 @@ def tier_keys(message: InboundMessage) -> list[list]:
     accounts = [message.account, ""]
     guilds = [message.guild, ""]
     # A binding of a chat holds for the topics in it, too.
-    chats = [message.peer, message.peer.split(":topic:")[0]]
+    chats = [message.peer, without_topic(message.peer)]
     by_guild = itertools.product([channel], accounts, [""], [message.guild])
+    by_peer = itertools.product([channel], accounts, chats, guilds)
     return [
-        list(itertools.product([channel], accounts, chats, guilds)),
+        list(by_peer) if message.peer else [],
         list(by_guild) if message.guild else [],
         [(channel, message.account, "", "")],
         [(channel, "", "", "")],
@@ -2699,32 +2779,38 @@ class AgentManager:
             "luna": AgentConfig(prompt="You are Luna: warm, and brief."),
             "sage": AgentConfig(prompt="You are Sage. You explain, and name doubts."),
         }
-        for name, entry in load_config(workspace / "agents.json", {}).items():
+        try:
+            entries = load_config(workspace / "agents.json", dict)
+        except ValueError as error:
+            print(f"[{error}]")
+            return
+        for name, entry in entries.items():
             try:
                 if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
-                    raise ValueError("the name must be letters a-z, digits, - or _")
+                    raise ValueError("a name has letters a-z, digits, - and _")
                 self.agents[name] = AgentConfig.model_validate(entry)
             except ValueError as error:
                 print(f"[agents.json, {name}: {short_reason(error)}]")
 
-    def store_of(self, agent_id: str) -> SessionStore:
+    def session_store(self, agent_id: str) -> SessionStore:
         """Where the sessions of an agent are kept."""
         return SessionStore(self.workspace / ".sessions" / "agents" / agent_id)
 
 
-def load_config(file: Path, default: list | dict) -> list | dict:
-    """What is in a JSON file of the owner, or `default` if there is nothing usable."""
+def load_config(file: Path, kind: type) -> list | dict:
+    """The list or dict in a JSON file of the owner, an empty one if there is no file.
+
+    Raises ValueError if the file cannot be read, or holds something else.
+    """
     if not file.exists():
-        return default
+        return kind()
     try:
-        value = json.loads(load_text(file).removeprefix("\ufeff"))
-        if not isinstance(value, type(default)):
-            kind = "list" if default == [] else "object"
-            raise ValueError(f"it must be a JSON {kind}")
-        return value
+        value = from_json(load_text(file).removeprefix("\ufeff"))
     except (OSError, ValueError) as error:
-        print(f"[{file.name} is not used: {error}]")
-        return default
+        raise ValueError(f"{file.name} cannot be used: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{file.name} cannot be used: it must be like {kind()}")
+    return value
 
 
 def short_reason(error: ValueError) -> str:
@@ -2733,7 +2819,7 @@ def short_reason(error: ValueError) -> str:
         return str(error)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}"
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def build_session_key(agent_id: str, message: InboundMessage, dm_scope: str) -> str:
@@ -2763,9 +2849,9 @@ def check_config(
 ) -> None:
     """Raise ValueError if a file is off limits. Configuration may only be read."""
     check_path(agent, file, is_write)
-    is_config = file.name.lower() in CONFIG_FILES and file.parent == agent.workspace
-    if is_write and is_config:
-        raise ValueError(f"only the owner may change {file.name}")
+    name = file.relative_to(agent.workspace).parts[0]
+    if is_write and name.lower() in CONFIG_FILES:
+        raise ValueError(f"only the owner may change {name}")
 
 
 # The gateway: a web page, and JSON-RPC 2.0 over a WebSocket
@@ -2809,7 +2895,7 @@ class RpcRequest(BaseModel, strict=True):
     jsonrpc: Literal["2.0"]
     method: str
     params: dict | list = {}
-    id: int | float | str | None = None
+    id: int | str | None = None
 
 
 def rpc_method(name: str) -> Callable:
@@ -2826,7 +2912,8 @@ def rpc_method(name: str) -> Callable:
 class GatewayConnection(ServerConnection):
     """A connection. If too many are open without the token, the oldest is dropped."""
 
-    opening = {}  # in order of age
+    opening = {}  # of all connections: those without the token, the oldest first
+    peer = ""  # the name that the client has given itself
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """A client has connected, and has said nothing yet."""
@@ -2853,7 +2940,8 @@ class GatewayServer(Channel):
         self.loop = LoopThread()
         self.clients = set()
         self.watchers = {}  # session key: the clients that get its events
-        self.running = {}  # session key: the id of the message that is answered
+        self.running = {}  # session key: the id of the message being answered
+        self.token = ""
         self.link = ""
         self.is_ready = threading.Event()  # it is on, or off for good
         self.started = time.monotonic()
@@ -2863,7 +2951,7 @@ class GatewayServer(Channel):
         try:
             logging.getLogger("websockets").setLevel(logging.CRITICAL + 1)
             self.token = os.getenv("GATEWAY_TOKEN") or self.load_token()
-            port = int(os.getenv("GATEWAY_PORT") or 8765)
+            port = parse_port(os.getenv("GATEWAY_PORT") or "8765")
             address = self.loop.submit(self.listen(port)).result()
             self.link = f"{address}/#token={quote(self.token)}"
             self.report(f"on, at {address}")
@@ -2875,9 +2963,9 @@ class GatewayServer(Channel):
         """A token that stays the same, so that a link is good after a restart."""
         file = self.app.agent.workspace / ".state" / "gateway-token"
         file.touch(0o600)
-        if not file.read_text("utf-8"):
+        if not file.read_text("utf-8").strip():
             file.write_text(secrets.token_urlsafe(16), "utf-8")
-        return file.read_text("utf-8")
+        return file.read_text("utf-8").strip()
 
     async def listen(self, port: int) -> str:
         """Open the port. Returns the address. Raises OSError if it is taken."""
@@ -2887,8 +2975,8 @@ class GatewayServer(Channel):
             port,
             process_request=self.answer_http,
             create_connection=GatewayConnection,
-            max_size=4 * MAX_FRAME,  # what is somewhat too long gets an error
-            compression=None,  # the way is short
+            max_size=4 * MAX_FRAME,  # a frame beyond that ends the connection
+            compression=None,  # both ends are on this machine
             close_timeout=1,
         )
         port = server.sockets[0].getsockname()[1]
@@ -2939,8 +3027,10 @@ class GatewayServer(Channel):
             pass
         finally:
             self.clients.discard(client)
-            for watchers in self.watchers.values():
+            for key, watchers in list(self.watchers.items()):
                 watchers.discard(client)
+                if not watchers:
+                    del self.watchers[key]
 
     async def answer_frame(self, client: GatewayConnection, frame: str) -> dict | None:
         """The answer to a frame, as JSON-RPC 2.0 wants it. None for a notification."""
@@ -2967,8 +3057,9 @@ class GatewayServer(Channel):
             raise RpcError(-32601, f"there is no method {request.method[:100]}")
         try:
             if isinstance(request.params, dict):
-                return await method(self, client, **request.params)
-            return await method(self, client, *request.params)
+                given = request.params | {"gateway": self, "client": client}
+                return await method(**given)
+            return await method(*request.params, gateway=self, client=client)
         except RpcError:
             raise
         except ValueError as error:  # pydantic's errors are ValueErrors, too
@@ -2987,10 +3078,10 @@ class GatewayServer(Channel):
         """Send an event to those who watch a session. May be called in any thread."""
         params = {"session": key, **params}
         frame = json.dumps({"jsonrpc": "2.0", "method": event, "params": params})
-        self.loop.loop.call_soon_threadsafe(self.broadcast, key, frame)
+        self.loop.loop.call_soon_threadsafe(self.send_event, key, frame)
 
-    def broadcast(self, key: str, frame: str) -> None:
-        """Hand an event to its clients. Drop a client that does not read them."""
+    def send_event(self, key: str, frame: str) -> None:
+        """Send an event to its clients. Drop a client that does not read them."""
         watchers = self.watchers.get(key, set())
         for client in list(watchers):
             if client.transport.get_write_buffer_size() > MAX_UNSENT:
@@ -2998,19 +3089,19 @@ class GatewayServer(Channel):
                 watchers.discard(client)
         broadcast(watchers, frame)
 
-    def begin_turn(self, key: str, message: InboundMessage) -> None:
-        """Note which message a session answers. Its sender watches from now on."""
+    def note_running(self, key: str, message: InboundMessage) -> None:
+        """Note which message is being answered. Its sender watches from now on."""
         self.running[key] = message.id
         for client in self.clients:
             if (self.name, client.peer) == (message.channel, message.peer):
                 self.watch(client, key)
 
-    def end_turn(self, key: str) -> None:
+    def note_ended(self, key: str) -> None:
         """Note that it is answered."""
         self.running.pop(key, None)
 
-    def message_from(self, client: GatewayConnection, peer: str) -> InboundMessage:
-        """An empty message of a client, who has the name `peer` from now on."""
+    def identify(self, client: GatewayConnection, peer: str) -> InboundMessage:
+        """Note the name of a client, if it says one. Returns an empty message of it."""
         if peer and not re.fullmatch(PEER, peer):
             raise ValueError(f"peer: must be {PEER}")
         client.peer = peer or client.peer
@@ -3030,7 +3121,7 @@ def parse_frame(frame: str | bytes) -> object:
 def valid_id(data: object) -> object:
     """The id of a request, even of one that is wrong otherwise; None if it has none."""
     value = data.get("id") if isinstance(data, dict) else None
-    is_valid = isinstance(value, int | float | str) and not isinstance(value, bool)
+    is_valid = isinstance(value, int | str) and not isinstance(value, bool)
     return value if is_valid else None
 
 
@@ -3059,7 +3150,7 @@ def serve_file(path: str) -> Response:
     """A file of the web chat, as an HTTP response."""
     name = path.removeprefix("/") or "index.html"
     file = WEBCHAT / name
-    if "/" in name or file.suffix not in CONTENT_TYPES or not file.is_file():
+    if file not in WEBCHAT.iterdir() or file.suffix not in CONTENT_TYPES:
         return http_response(404, b"not found\n")
     return http_response(200, file.read_bytes(), CONTENT_TYPES[file.suffix])
 
@@ -3069,56 +3160,65 @@ def serve_file(path: str) -> Response:
 
 @rpc_method("send")
 async def rpc_send(
-    gateway: GatewayServer,
-    client: GatewayConnection,
     text: str,
     peer: str = "",
     id: str = "",
+    *,
+    gateway: GatewayServer,
+    client: GatewayConnection,
 ) -> dict:
     """Take a message; with an id, only once. Its answer comes as events."""
-    message = gateway.message_from(client, peer)
+    message = gateway.identify(client, peer)
     id = id or secrets.token_hex(8)
     if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", id):
-        raise ValueError("text must not be empty, and id must be letters and digits")
-    if gateway.app.inbox.count_waiting(message) >= MAX_WAITING:
-        raise RpcError(-32000, "too many messages wait: try again later")
+        raise ValueError("text must not be empty; id has letters, digits, - and _")
     message.text = text
     message.id = f"web:{client.peer}:{id}"
     binding = gateway.app.bindings.resolve(message)
     key = gateway.app.session_key(message)
-    gateway.watch(client, key)
-    await asyncio.to_thread(gateway.receive, message)
-    tier = binding.tier() if binding else "default"
-    return {"id": message.id, "session": key, "matched_by": tier}
+    gateway.watch(client, key)  # before the turn can begin
+    if not await asyncio.to_thread(gateway.receive, message):
+        raise RpcError(-32000, "too many messages wait: try again later")
+    return {"id": message.id, "session": key, "matched_by": tier_of(binding)}
 
 
 @rpc_method("sessions.history")
 async def rpc_history(
-    gateway: GatewayServer,
-    client: GatewayConnection,
     session: str = "",
     peer: str = "",
     limit: int = 200,
+    *,
+    gateway: GatewayServer,
+    client: GatewayConnection,
 ) -> dict:
-    """What was said in a session, or in the one of the client. Its events follow."""
+    """What was said in a session, or in the client's own. Its events follow."""
     app = gateway.app
-    message = gateway.message_from(client, peer)
+    message = gateway.identify(client, peer)
     key = session or app.session_key(message)
+    if agent_of(key) not in app.agents.agents:
+        raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
     found = await asyncio.to_thread(app.find_session, key)
-    waiting = [m for m in list(app.inbox.waiting) if app.session_key(m) == key]
+    messages = []
+    if found is not None:
+        messages = transcript(found)
+    known = [message["id"] for message in messages]
+    waiting = []  # what is not in the session yet
+    for each in app.unanswered():
+        if app.session_key(each) == key and each.id not in known:
+            waiting.append({"id": each.id, "text": each.text})
     return {
         "session": key,
         "agent": agent_of(key),
-        "id": found.path.stem if found else "",
-        "label": found.label if found else "",
-        "messages": transcript(found or [])[-limit:],
+        "id": found.path.stem if found is not None else "",
+        "label": found.label if found is not None else "",
+        "messages": messages[-max(limit, 1) :],
         "running": gateway.running.get(key),
-        "waiting": [{"id": each.id, "text": each.text} for each in waiting],
+        "waiting": waiting,
     }
 
 
-def transcript(messages: Session | list) -> list[dict]:
+def transcript(messages: Session) -> list[dict]:
     """A conversation as a web page shows it."""
     entries = []
     for message in messages:
@@ -3132,25 +3232,30 @@ def transcript(messages: Session | list) -> list[dict]:
 
 
 @rpc_method("sessions.list")
-async def rpc_sessions(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_sessions(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """What each session key means now, for all agents."""
     entries = []
     for agent_id in gateway.app.agents.agents:
-        index = gateway.app.agents.store_of(agent_id).read_index()
-        for key, session_id in index.items():
-            entries.append({"session": key, "agent": agent_id, "id": session_id})
+        store = gateway.app.agents.session_store(agent_id)
+        for key, session_id in store.read_index().items():
+            path = store.folder / f"{session_id}.jsonl"
+            if path.is_file():
+                entry = {"session": key, "agent": agent_id, "id": session_id}
+                entry["label"] = read_header(path).get("label", "")
+                entry["used"] = path.stat().st_mtime
+                entries.append(entry)
     return entries
 
 
 @rpc_method("agents.list")
-async def rpc_agents(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_agents(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The agents."""
     agents = gateway.app.agents.agents
     return [{"id": name, **agents[name].model_dump()} for name in agents]
 
 
 @rpc_method("bindings.list")
-async def rpc_bindings(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_bindings(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The bindings, with their tiers."""
     bindings = gateway.app.bindings.bindings
     return [{**each.model_dump(), "tier": each.tier()} for each in bindings]
@@ -3158,7 +3263,7 @@ async def rpc_bindings(gateway: GatewayServer, client: GatewayConnection) -> lis
 
 @rpc_method("bindings.set")
 async def rpc_set_binding(
-    gateway: GatewayServer, client: GatewayConnection, binding: Binding
+    binding: Binding, *, gateway: GatewayServer, client: GatewayConnection
 ) -> dict:
     """Add a binding, or replace the one with the same fields and priority."""
     await asyncio.to_thread(gateway.app.bindings.set, binding)
@@ -3167,7 +3272,7 @@ async def rpc_set_binding(
 
 @rpc_method("bindings.remove")
 async def rpc_remove_binding(
-    gateway: GatewayServer, client: GatewayConnection, binding: Binding
+    binding: Binding, *, gateway: GatewayServer, client: GatewayConnection
 ) -> dict:
     """Remove the binding with the same fields and priority."""
     await asyncio.to_thread(gateway.app.bindings.remove, binding)
@@ -3175,14 +3280,14 @@ async def rpc_remove_binding(
 
 
 @rpc_method("commands.list")
-async def rpc_commands(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_commands(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The commands that a client may send as a text."""
     entries = [COMMANDS[name] for name in REMOTE_COMMANDS]
     return [{"usage": entry.usage, "about": entry.about} for entry in entries]
 
 
 @rpc_method("status")
-async def rpc_status(gateway: GatewayServer, client: GatewayConnection) -> dict:
+async def rpc_status(*, gateway: GatewayServer, client: GatewayConnection) -> dict:
     """How the program is."""
     return {
         "uptime": round(time.monotonic() - gateway.started),
@@ -3226,16 +3331,21 @@ class GatewayApp(App):
 
     def store_for(self, key: str) -> SessionStore:
         """The sessions of the agent that a key names."""
-        return self.agents.store_of(agent_of(key))
+        return self.agents.session_store(agent_of(key))
 
     def find_session(self, key: str) -> Session | None:
         """The session of a key, if there is one."""
-        if agent_of(key) not in self.agents.agents:
-            raise ValueError(f"session: there is no agent {agent_of(key)}")
         if key in self.sessions or key in self.store_for(key).read_index():
             agent = replace(self.agent, session_key=key, store=self.store_for(key))
             return self.session_for(agent)
         return None
+
+    def unanswered(self) -> list[InboundMessage]:
+        """The messages in the inbox that have no answer yet."""
+        rows = self.database.execute(
+            "SELECT message FROM inbox WHERE done IS NULL AND answer IS NULL"
+        )
+        return [InboundMessage(**json.loads(record)) for (record,) in rows]
 
     def agent_for(self, message: InboundMessage) -> Agent:
         """The agent with the prompt and the model of its configuration."""
@@ -3251,7 +3361,7 @@ class GatewayApp(App):
         super().begin_turn(agent, message)
         key = agent.session_key
         self.gateway.loop.loop.call_soon_threadsafe(
-            self.gateway.begin_turn, key, message
+            self.gateway.note_running, key, message
         )
         self.gateway.publish(
             key,
@@ -3274,7 +3384,7 @@ class GatewayApp(App):
         super().end_turn(agent, message, answer)
         session_id = agent.messages.path.stem  # another one after /new
         key = agent.session_key
-        self.gateway.loop.loop.call_soon_threadsafe(self.gateway.end_turn, key)
+        self.gateway.loop.loop.call_soon_threadsafe(self.gateway.note_ended, key)
         self.gateway.publish(
             key, "turn.end", id=message.id, text=answer, session_id=session_id
         )
@@ -3289,8 +3399,9 @@ class GatewayApp(App):
 
 
 def agent_of(key: str) -> str:
-    """The id of the agent in a session key: agent:<id>:..."""
-    return f"{key}::".split(":")[1]
+    """The id of the agent in a session key, which is agent:<id>:..."""
+    _, _, rest = key.partition(":")
+    return rest.partition(":")[0]
 
 
 @command("/agents", "the agents")
@@ -3323,15 +3434,14 @@ def show_bindings(agent: Agent, argument: str) -> str:
 
 @command("/route <channel> <peer> [account] [guild]", "where a message would go")
 def show_route(agent: Agent, argument: str) -> str:
-    channel, peer, account, guild, *_ = [*argument.split(), "", "", "", ""]
-    if not peer:
+    words = argument.split()
+    if not 2 <= len(words) <= 4:
         raise ValueError("/route <channel> <peer> [account] [guild]")
-    is_group = peer.startswith(("-", "oc_"))  # as Telegram and Feishu write groups
-    message = InboundMessage(channel, account or "default", peer, "", guild=guild)
-    message.is_group = is_group
-    binding = agent.app.bindings.resolve(message)
-    tier = binding.tier() if binding else "default"
-    return f"{agent.app.session_key(message)}, by its {tier}"
+    channel, peer, account, guild = words + ["default", ""][len(words) - 2 :]
+    message = InboundMessage(channel, account, peer, "", guild=guild)
+    message.is_group = peer.startswith(("-", "oc_"))  # in Telegram and in Feishu
+    tier = tier_of(agent.app.bindings.resolve(message))
+    return f"{agent.app.session_key(message)} (tier: {tier})"
 
 
 @command("/gateway", "the link to the web chat")
@@ -3372,16 +3482,6 @@ def talk(on_line: Callable) -> None:
             return
         if line.strip():
             on_line(line)
-
-
-def handle_line(agent: Agent, line: str) -> None:
-    """Answer a line that the person has typed, or run the command in it."""
-    if line.startswith("/"):
-        run_slash_command(agent, line)
-        return
-    print("agent> ", end="", flush=True)
-    handle_message(agent, line)
-    print()
 
 
 def main() -> None:
