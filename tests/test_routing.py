@@ -366,10 +366,33 @@ def test_a_file_that_is_no_list_is_told_and_not_overwritten(
     assert len(re.findall(r"^\[bindings\.json", screen.text, re.M)) == 1
     client = gateway.client()
     refusal = client.refusal("bindings.set", binding=GOOD)
-    assert "bindings.json" in refusal.message or refusal.code == -32603
+    assert (refusal.code, "bindings.json" in refusal.message) == (-32602, True)
     assert file.read_bytes() == before
     assert client.call("bindings.list") == []
     assert client.ask("hello", peer="alice") == "heard hello"
+
+
+@since("s05")
+def test_what_the_owner_edits_meanwhile_is_kept(gateway: Gateway):
+    file = gateway.workspace / "bindings.json"
+    gateway.start()
+    client = gateway.client()
+    client.call("bindings.set", binding=GOOD)
+    edited = [*json.loads(file.read_text()), {**GOOD, "peer": "bob"}]
+    file.write_text(json.dumps(edited))
+    client.call("bindings.set", binding={**GOOD, "peer": "carol"})
+    assert [b["peer"] for b in json.loads(file.read_text())] == [
+        "alice",
+        "bob",
+        "carol",
+    ]
+    assert client.say("hello", peer="bob")["session"].startswith("agent:luna:")
+    file.write_text(text := "[half of it")
+    for method in ("bindings.set", "bindings.remove"):
+        refusal = client.refusal(method, binding=GOOD)
+        assert (refusal.code, "bindings.json" in refusal.message) == (-32602, True)
+    assert file.read_text() == text
+    assert len(client.call("bindings.list")) == 3, "as before"
 
 
 @since("s05")
