@@ -41,6 +41,9 @@ PLACEHOLDER = re.compile(r"(@_user_\d+|@_all)")
 FILES = {
     "image": {"image_key": "img_1"},
     "file": {"file_key": "file_1", "file_name": "a.pdf"},
+    "audio": {"file_key": "file_2", "duration": 2000},
+    "media": {"file_key": "file_3", "image_key": "img_3", "file_name": "a.mp4"},
+    "sticker": {"file_key": "file_4"},
 }
 MAX_BODY = 150 * 1024
 RENEWAL = 30 * 60  # a token with less left than this is no longer given out again
