@@ -1187,7 +1187,7 @@ def lock_workspace(folder: Path) -> None:
     path = folder / ".lock"
     path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1196,9 +1196,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        owner = path.read_text()
+        owner = path.read_text("utf-8")
         sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
-    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}", "utf-8")
 
 
 # Commands
@@ -1569,8 +1569,8 @@ class Channel:
         chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
         return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
 
-    def receive(self, message: InboundMessage) -> None:
-        """Take what a person has said. It is on disk when this returns.
+    def receive(self, message: InboundMessage) -> bool:
+        """Take what a person has said: then it is on disk. Returns whether it is taken.
 
         Raises sqlite3.Error if it cannot be written.
         """
@@ -1579,14 +1579,18 @@ class Channel:
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
             self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
-        elif self.app.inbox.count_waiting(message) >= MAX_WAITING:
+            return False
+        if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
-        else:
-            self.app.inbox.put(message)
+            return False
+        self.app.inbox.put(message)
+        return True
 
     def log(self, text: str) -> None:
         """Say something at the terminal, without the key of the account."""
-        text = text.replace(self.setting(self.key_setting) or "-", "***")
+        key = self.setting(self.key_setting)
+        if key:
+            text = text.replace(key, "***")
         line = " ".join(text.split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
@@ -1693,9 +1697,8 @@ class Outbox:
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
         try:
-            for number, text in enumerate(
-                split_text(message.answer, channel.max_length)
-            ):
+            texts = split_text(message.answer, channel.max_length)
+            for number, text in enumerate(texts):
                 key = f"{message.id}/{number}"
                 step = partial(channel.send, message.peer, text, key)
                 call_with_retries(step, channel.log, max_tries=10)
@@ -1811,7 +1814,7 @@ class App:
         try:
             if not self.needs_turn(message):
                 return
-            channel.log(f"{message.sender}: {message.prompt()}")
+            channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
                 answer = self.run_turn(message)
             self.reply(message, answer)
@@ -2313,7 +2316,7 @@ class FeishuChannel(Channel):
             if not self.setting(name):
                 raise ChannelError(f"FEISHU_{name} is not set", is_permanent=True)
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        port = int(self.setting("PORT", "3000"))
+        port = parse_port(self.setting("PORT", "3000"))
         address = LoopThread().submit(WebhookServer(self).listen(port)).result()
         self.report(f"on, at {address}")
 
@@ -2434,6 +2437,13 @@ class FeishuChannel(Channel):
             is_group=is_group,
             guild=event["header"].get("tenant_key", ""),
         )
+
+
+def parse_port(text: str) -> int:
+    """The number of a port. Raises ValueError if it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text} is not the number of a port")
+    return int(text)
 
 
 def decrypt(secret: str, text: str) -> bytes:

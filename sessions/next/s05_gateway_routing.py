@@ -1204,7 +1204,7 @@ def lock_workspace(folder: Path) -> None:
     path = folder / ".lock"
     path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1213,9 +1213,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        owner = path.read_text()
+        owner = path.read_text("utf-8")
         sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
-    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}", "utf-8")
 
 
 # Commands
@@ -1586,8 +1586,8 @@ class Channel:
         chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
         return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
 
-    def receive(self, message: InboundMessage) -> None:
-        """Take what a person has said. It is on disk when this returns.
+    def receive(self, message: InboundMessage) -> bool:
+        """Take what a person has said: then it is on disk. Returns whether it is taken.
 
         Raises sqlite3.Error if it cannot be written.
         """
@@ -1596,14 +1596,18 @@ class Channel:
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
             self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
-        elif self.app.inbox.count_waiting(message) >= MAX_WAITING:
+            return False
+        if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
-        else:
-            self.app.inbox.put(message)
+            return False
+        self.app.inbox.put(message)
+        return True
 
     def log(self, text: str) -> None:
         """Say something at the terminal, without the key of the account."""
-        text = text.replace(self.setting(self.key_setting) or "-", "***")
+        key = self.setting(self.key_setting)
+        if key:
+            text = text.replace(key, "***")
         line = " ".join(text.split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
@@ -1710,9 +1714,8 @@ class Outbox:
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
         try:
-            for number, text in enumerate(
-                split_text(message.answer, channel.max_length)
-            ):
+            texts = split_text(message.answer, channel.max_length)
+            for number, text in enumerate(texts):
                 key = f"{message.id}/{number}"
                 step = partial(channel.send, message.peer, text, key)
                 call_with_retries(step, channel.log, max_tries=10)
@@ -1828,7 +1831,7 @@ class App:
         try:
             if not self.needs_turn(message):
                 return
-            channel.log(f"{message.sender}: {message.prompt()}")
+            channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
                 answer = self.run_turn(message)
             self.reply(message, answer)
@@ -2330,7 +2333,7 @@ class FeishuChannel(Channel):
             if not self.setting(name):
                 raise ChannelError(f"FEISHU_{name} is not set", is_permanent=True)
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        port = int(self.setting("PORT", "3000"))
+        port = parse_port(self.setting("PORT", "3000"))
         address = LoopThread().submit(WebhookServer(self).listen(port)).result()
         self.report(f"on, at {address}")
 
@@ -2451,6 +2454,13 @@ class FeishuChannel(Channel):
             is_group=is_group,
             guild=event["header"].get("tenant_key", ""),
         )
+
+
+def parse_port(text: str) -> int:
+    """The number of a port. Raises ValueError if it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text} is not the number of a port")
+    return int(text)
 
 
 def decrypt(secret: str, text: str) -> bytes:
@@ -2601,15 +2611,28 @@ class BindingTable:
         self.agents = agents
         self.lock = threading.Lock()
         self.bindings = []
-        self.unreadable = []  # entries that are kept as they are
+        self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
-        for position, entry in enumerate(load_config(file, [])):
+        try:
+            self.load()
+        except ValueError as error:
+            print(f"[{error}]")
+
+    def load(self) -> None:
+        """Read the file. An entry that cannot be used is named and left out.
+
+        Raises ValueError if the file as a whole cannot be used.
+        """
+        bindings = []
+        unusable = []
+        for position, entry in enumerate(load_config(self.file, []), 1):
             try:
-                self.bindings.append(self.check(Binding.model_validate(entry)))
+                bindings.append(self.check(Binding.model_validate(entry)))
             except ValueError as error:
-                self.unreadable.append(entry)
-                print(f"[bindings.json, entry {position + 1}: {short_reason(error)}]")
-        self.index()
+                unusable.append(entry)
+                print(f"[bindings.json, entry {position}: {short_reason(error)}]")
+        self.unusable = unusable
+        self.use(bindings)
 
     def check(self, binding: Binding) -> Binding:
         """The binding. Raises ValueError if it could never apply."""
@@ -2619,11 +2642,13 @@ class BindingTable:
             raise ValueError(f"a binding by {binding.tier()} needs a channel")
         return binding
 
-    def index(self) -> None:
-        """Prepare the look-up of bindings by their match keys."""
-        self.best = {}
-        for binding in sorted(self.bindings, key=Binding.rank):
-            self.best[binding.match_key()] = binding  # the last one, so the highest
+    def use(self, bindings: list[Binding]) -> None:
+        """Take these bindings from now on."""
+        best = {}
+        for binding in sorted(bindings, key=Binding.rank):
+            best[binding.match_key()] = binding  # the last one, so the highest
+        self.bindings = bindings
+        self.best = best  # at once: other threads look things up
 
     def resolve(self, message: InboundMessage) -> Binding | None:
         """The binding for a message: of the first tier that has one, the best.
@@ -2639,11 +2664,13 @@ class BindingTable:
     def set(self, binding: Binding) -> None:
         """Add a binding, or replace the one with the same fields and priority."""
         with self.lock:
+            self.load()  # the owner may have edited the file
             self.save([*self.others(binding), self.check(binding)])
 
     def remove(self, binding: Binding) -> None:
         """Remove the binding with the same fields and priority. Raises ValueError."""
         with self.lock:
+            self.load()
             others = self.others(binding)
             if len(others) == len(self.bindings):
                 raise ValueError("there is no such binding")
@@ -2657,10 +2684,9 @@ class BindingTable:
     def save(self, bindings: list[Binding]) -> None:
         """Write the file as a whole, then use what is in it."""
         entries = [binding.model_dump(exclude_defaults=True) for binding in bindings]
-        text = json.dumps([*entries, *self.unreadable], indent=2, ensure_ascii=False)
+        text = json.dumps([*entries, *self.unusable], indent=2, ensure_ascii=False)
         replace_file(self.file, text + "\n")
-        self.bindings = bindings
-        self.index()
+        self.use(bindings)
 
 
 def tier_keys(message: InboundMessage) -> list[list]:
@@ -2671,8 +2697,9 @@ def tier_keys(message: InboundMessage) -> list[list]:
     # A binding of a chat holds for the topics in it, too.
     chats = [message.peer, message.peer.split(":topic:")[0]]
     by_guild = itertools.product([channel], accounts, [""], [message.guild])
+    by_peer = itertools.product([channel], accounts, chats, guilds)
     return [
-        list(itertools.product([channel], accounts, chats, guilds)),
+        list(by_peer) if message.peer else [],
         list(by_guild) if message.guild else [],
         [(channel, message.account, "", "")],
         [(channel, "", "", "")],
@@ -2698,10 +2725,15 @@ class AgentManager:
             "luna": AgentConfig(prompt="You are Luna: warm, and brief."),
             "sage": AgentConfig(prompt="You are Sage. You explain, and name doubts."),
         }
-        for name, entry in load_config(workspace / "agents.json", {}).items():
+        try:
+            entries = load_config(workspace / "agents.json", {})
+        except ValueError as error:
+            print(f"[{error}]")
+            return
+        for name, entry in entries.items():
             try:
                 if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
-                    raise ValueError("the name must be letters a-z, digits, - or _")
+                    raise ValueError("a name has letters a-z, digits, - and _")
                 self.agents[name] = AgentConfig.model_validate(entry)
             except ValueError as error:
                 print(f"[agents.json, {name}: {short_reason(error)}]")
@@ -2712,18 +2744,19 @@ class AgentManager:
 
 
 def load_config(file: Path, default: list | dict) -> list | dict:
-    """What is in a JSON file of the owner, or `default` if there is nothing usable."""
+    """What is in a JSON file of the owner; `default` if there is no file.
+
+    Raises ValueError if it cannot be read, or is no JSON of the kind of `default`.
+    """
     if not file.exists():
         return default
     try:
         value = json.loads(load_text(file).removeprefix("\ufeff"))
-        if not isinstance(value, type(default)):
-            kind = "list" if default == [] else "object"
-            raise ValueError(f"it must be a JSON {kind}")
-        return value
-    except (OSError, ValueError) as error:
-        print(f"[{file.name} is not used: {error}]")
-        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be used: {error}") from error
+    if not isinstance(value, type(default)):
+        raise ValueError(f"{file.name} cannot be used: it has to begin as {default}")
+    return value
 
 
 def short_reason(error: ValueError) -> str:
@@ -2732,7 +2765,7 @@ def short_reason(error: ValueError) -> str:
         return str(error)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}"
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def build_session_key(agent_id: str, message: InboundMessage, dm_scope: str) -> str:
@@ -2762,9 +2795,9 @@ def check_config(
 ) -> None:
     """Raise ValueError if a file is off limits. Configuration may only be read."""
     check_path(agent, file, is_write)
-    is_config = file.name.lower() in CONFIG_FILES and file.parent == agent.workspace
-    if is_write and is_config:
-        raise ValueError(f"only the owner may change {file.name}")
+    name = file.relative_to(agent.workspace).parts[0]
+    if is_write and name.lower() in CONFIG_FILES:
+        raise ValueError(f"only the owner may change {name}")
 
 
 # The gateway: a web page, and JSON-RPC 2.0 over a WebSocket
@@ -2808,7 +2841,7 @@ class RpcRequest(BaseModel, strict=True):
     jsonrpc: Literal["2.0"]
     method: str
     params: dict | list = {}
-    id: int | float | str | None = None
+    id: int | str | None = None
 
 
 def rpc_method(name: str) -> Callable:
@@ -2862,7 +2895,7 @@ class GatewayServer(Channel):
         try:
             logging.getLogger("websockets").setLevel(logging.CRITICAL + 1)
             self.token = os.getenv("GATEWAY_TOKEN") or self.load_token()
-            port = int(os.getenv("GATEWAY_PORT") or 8765)
+            port = parse_port(os.getenv("GATEWAY_PORT") or "8765")
             address = self.loop.submit(self.listen(port)).result()
             self.link = f"{address}/#token={quote(self.token)}"
             self.report(f"on, at {address}")
@@ -2874,9 +2907,9 @@ class GatewayServer(Channel):
         """A token that stays the same, so that a link is good after a restart."""
         file = self.app.agent.workspace / ".state" / "gateway-token"
         file.touch(0o600)
-        if not file.read_text():
-            file.write_text(secrets.token_urlsafe(16))
-        return file.read_text()
+        if not file.read_text("utf-8").strip():
+            file.write_text(secrets.token_urlsafe(16), "utf-8")
+        return file.read_text("utf-8").strip()
 
     async def listen(self, port: int) -> str:
         """Open the port. Returns the address. Raises OSError if it is taken."""
@@ -2938,8 +2971,10 @@ class GatewayServer(Channel):
             pass
         finally:
             self.clients.discard(client)
-            for watchers in self.watchers.values():
+            for key, watchers in list(self.watchers.items()):
                 watchers.discard(client)
+                if not watchers:
+                    del self.watchers[key]
 
     async def answer_frame(self, client: GatewayConnection, frame: str) -> dict | None:
         """The answer to a frame, as JSON-RPC 2.0 wants it. None for a notification."""
@@ -2966,8 +3001,9 @@ class GatewayServer(Channel):
             raise RpcError(-32601, f"there is no method {request.method[:100]}")
         try:
             if isinstance(request.params, dict):
-                return await method(self, client, **request.params)
-            return await method(self, client, *request.params)
+                given = request.params | {"gateway": self, "client": client}
+                return await method(**given)
+            return await method(*request.params, gateway=self, client=client)
         except RpcError:
             raise
         except ValueError as error:  # pydantic's errors are ValueErrors, too
@@ -3029,7 +3065,7 @@ def parse_frame(frame: str | bytes) -> object:
 def valid_id(data: object) -> object:
     """The id of a request, even of one that is wrong otherwise; None if it has none."""
     value = data.get("id") if isinstance(data, dict) else None
-    is_valid = isinstance(value, int | float | str) and not isinstance(value, bool)
+    is_valid = isinstance(value, int | str) and not isinstance(value, bool)
     return value if is_valid else None
 
 
@@ -3068,52 +3104,60 @@ def serve_file(path: str) -> Response:
 
 @rpc_method("send")
 async def rpc_send(
-    gateway: GatewayServer,
-    client: GatewayConnection,
     text: str,
     peer: str = "",
     id: str = "",
+    *,
+    gateway: GatewayServer,
+    client: GatewayConnection,
 ) -> dict:
     """Take a message; with an id, only once. Its answer comes as events."""
     message = gateway.message_from(client, peer)
     id = id or secrets.token_hex(8)
     if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", id):
         raise ValueError("text must not be empty, and id must be letters and digits")
-    if gateway.app.inbox.count_waiting(message) >= MAX_WAITING:
-        raise RpcError(-32000, "too many messages wait: try again later")
     message.text = text
     message.id = f"web:{client.peer}:{id}"
     binding = gateway.app.bindings.resolve(message)
     key = gateway.app.session_key(message)
     gateway.watch(client, key)
-    await asyncio.to_thread(gateway.receive, message)
+    if not await asyncio.to_thread(gateway.receive, message):
+        raise RpcError(-32000, "too many messages wait: try again later")
     tier = binding.tier() if binding else "default"
     return {"id": message.id, "session": key, "matched_by": tier}
 
 
 @rpc_method("sessions.history")
 async def rpc_history(
-    gateway: GatewayServer,
-    client: GatewayConnection,
     session: str = "",
     peer: str = "",
     limit: int = 200,
+    *,
+    gateway: GatewayServer,
+    client: GatewayConnection,
 ) -> dict:
     """What was said in a session, or in the one of the client. Its events follow."""
     app = gateway.app
     message = gateway.message_from(client, peer)
     key = session or app.session_key(message)
+    if agent_of(key) not in app.agents.agents:
+        raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
     found = await asyncio.to_thread(app.find_session, key)
-    waiting = [m for m in list(app.inbox.waiting) if app.session_key(m) == key]
+    messages = transcript(found or [])
+    known = [message["id"] for message in messages]
+    waiting = []  # what is not in the session yet
+    for each in app.unanswered():
+        if app.session_key(each) == key and each.id not in known:
+            waiting.append({"id": each.id, "text": each.text})
     return {
         "session": key,
         "agent": agent_of(key),
         "id": found.path.stem if found else "",
         "label": found.label if found else "",
-        "messages": transcript(found or [])[-limit:],
+        "messages": messages[-max(limit, 1) :],
         "running": gateway.running.get(key),
-        "waiting": [{"id": each.id, "text": each.text} for each in waiting],
+        "waiting": waiting,
     }
 
 
@@ -3131,25 +3175,30 @@ def transcript(messages: Session | list) -> list[dict]:
 
 
 @rpc_method("sessions.list")
-async def rpc_sessions(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_sessions(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """What each session key means now, for all agents."""
     entries = []
     for agent_id in gateway.app.agents.agents:
-        index = gateway.app.agents.store_of(agent_id).read_index()
-        for key, session_id in index.items():
-            entries.append({"session": key, "agent": agent_id, "id": session_id})
+        store = gateway.app.agents.store_of(agent_id)
+        for key, session_id in store.read_index().items():
+            path = store.folder / f"{session_id}.jsonl"
+            if path.is_file():
+                entry = {"session": key, "agent": agent_id, "id": session_id}
+                entry["label"] = read_header(path).get("label", "")
+                entry["used"] = path.stat().st_mtime
+                entries.append(entry)
     return entries
 
 
 @rpc_method("agents.list")
-async def rpc_agents(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_agents(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The agents."""
     agents = gateway.app.agents.agents
     return [{"id": name, **agents[name].model_dump()} for name in agents]
 
 
 @rpc_method("bindings.list")
-async def rpc_bindings(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_bindings(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The bindings, with their tiers."""
     bindings = gateway.app.bindings.bindings
     return [{**each.model_dump(), "tier": each.tier()} for each in bindings]
@@ -3157,7 +3206,7 @@ async def rpc_bindings(gateway: GatewayServer, client: GatewayConnection) -> lis
 
 @rpc_method("bindings.set")
 async def rpc_set_binding(
-    gateway: GatewayServer, client: GatewayConnection, binding: Binding
+    binding: Binding, *, gateway: GatewayServer, client: GatewayConnection
 ) -> dict:
     """Add a binding, or replace the one with the same fields and priority."""
     await asyncio.to_thread(gateway.app.bindings.set, binding)
@@ -3166,7 +3215,7 @@ async def rpc_set_binding(
 
 @rpc_method("bindings.remove")
 async def rpc_remove_binding(
-    gateway: GatewayServer, client: GatewayConnection, binding: Binding
+    binding: Binding, *, gateway: GatewayServer, client: GatewayConnection
 ) -> dict:
     """Remove the binding with the same fields and priority."""
     await asyncio.to_thread(gateway.app.bindings.remove, binding)
@@ -3174,14 +3223,14 @@ async def rpc_remove_binding(
 
 
 @rpc_method("commands.list")
-async def rpc_commands(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_commands(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The commands that a client may send as a text."""
     entries = [COMMANDS[name] for name in REMOTE_COMMANDS]
     return [{"usage": entry.usage, "about": entry.about} for entry in entries]
 
 
 @rpc_method("status")
-async def rpc_status(gateway: GatewayServer, client: GatewayConnection) -> dict:
+async def rpc_status(*, gateway: GatewayServer, client: GatewayConnection) -> dict:
     """How the program is."""
     return {
         "uptime": round(time.monotonic() - gateway.started),
@@ -3229,12 +3278,17 @@ class GatewayApp(App):
 
     def find_session(self, key: str) -> Session | None:
         """The session of a key, if there is one."""
-        if agent_of(key) not in self.agents.agents:
-            raise ValueError(f"session: there is no agent {agent_of(key)}")
         if key in self.sessions or key in self.store_for(key).read_index():
             agent = replace(self.agent, session_key=key, store=self.store_for(key))
             return self.session_for(agent)
         return None
+
+    def unanswered(self) -> list[InboundMessage]:
+        """The messages in the inbox that have no answer yet."""
+        rows = self.database.execute(
+            "SELECT message FROM inbox WHERE done IS NULL AND answer IS NULL"
+        )
+        return [InboundMessage(**json.loads(record)) for (record,) in rows]
 
     def agent_for(self, message: InboundMessage) -> Agent:
         """The agent with the prompt and the model of its configuration."""
