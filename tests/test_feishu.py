@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
@@ -62,7 +63,7 @@ class Bench:
         model.script("brain", [self.answer], repeat=True)
 
     def answer(self, body: dict) -> Item:
-        """Do what the last user message says; the name in front of it does not count."""
+        """Do what the last user message says, without the name in front of it."""
         messages = body["messages"]
         last = [m["content"] for m in messages if m["role"] == "user"][-1]
         words = re.sub(r"^\[\S+\] ", "", last)
@@ -300,7 +301,7 @@ def test_nobody_else_is_believed(bench: Bench):
         assert bench.push(request) < 500, event
     assert bench.ask("good").text == "heard good"
     assert bench.questions == ["good"]
-    assert 1 < len(lines(screen, "refused")) < 30, screen.paper
+    assert lines(screen, "refused"), screen.paper
 
 
 def forged_signatures(feishu: FakeFeishu, event: dict) -> list[Encoded]:
@@ -335,14 +336,15 @@ def malformed_events(good: dict) -> list[dict]:
 
 @since("s04")
 def test_strangers_requests_do_not_fill_the_terminal(bench: Bench):
-    """Each request is refused for the same reason, so there is one line about it."""
+    """Many requests that are refused for the same reason make one line."""
     screen = bench.up()
     for number in range(20):
         body = json.dumps({"encrypt": f"forged {number}"}).encode()
         assert bench.push((body, {})) in (400, 401)
         assert bench.push((f"no JSON {number}".encode(), {})) == 400
     assert bench.ask("good").text == "heard good"
-    assert 1 <= len(lines(screen, "refused")) <= 10, screen.paper
+    assert 1 <= len(lines(screen, "refused")) <= 4, screen.paper
+    assert "pydantic" not in screen.paper
 
 
 @since("s04")
@@ -422,12 +424,13 @@ def many_files(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def crowd(hook: str, count: int, data: bytes) -> list[socket.socket]:
+def crowd(stack: ExitStack, hook: str, count: int, data: bytes) -> list[socket.socket]:
     """So many connections that have sent a part of a request."""
     parts = urlsplit(hook)
     found = []
     for _ in range(count):
-        found.append(socket.create_connection((parts.hostname, parts.port), 10))
+        connection = socket.create_connection((parts.hostname, parts.port), 10)
+        found.append(stack.enter_context(connection))
         with suppress(OSError):  # of one that was cut off at once
             found[-1].sendall(data)
     return found
@@ -461,22 +464,18 @@ def test_slow_requests_hold_nobody_up(bench: Bench):
     screen = bench.up()
     idle = count_files(screen.pid)
     head = f"{POST}\r\nHost: x\r\nContent-Length: 9999\r\n\r\n{{".encode()
-    with many_files(4096):
-        began = time.monotonic()
-        held = crowd(bench.hook, 1010, head)
-        assert count_files(screen.pid) < idle + 150
+    with many_files(4096), ExitStack() as stack:
+        dripping = crowd(stack, bench.hook, 1010, head)
+        assert count_files(screen.pid) < idle + 300
+        drip(dripping)
         assert bench.ask("one").text == "heard one"
-        held += crowd(bench.hook, 500, b"")
-        held += crowd(bench.hook, 500, f"{POST}\r\nHost: ".encode())
-        assert count_files(screen.pid) < idle + 150
+        crowd(stack, bench.hook, 500, b"")
+        crowd(stack, bench.hook, 500, f"{POST}\r\nHost: ".encode())
+        assert count_files(screen.pid) < idle + 300
         assert bench.ask("two").text == "heard two"
         screen.type("hello\n")
         screen.wait_for("heard hello")
-        while still_open := drip(held):
-            assert time.monotonic() < began + 40, f"{len(still_open)} are still open"
-            time.sleep(0.1)
-        for connection in held:
-            connection.close()
+        wait_until(lambda: count_files(screen.pid) < idle + 110)
     wait_until(lambda: count_files(screen.pid) < idle + 10)
     assert bench.ask("three").text == "heard three"
 
@@ -554,12 +553,20 @@ def test_what_is_kept_is_the_owners_alone(bench: Bench, workspace: Path):
     for path in workspace.rglob("*"):
         if path.is_file() and b"a secret" in path.read_bytes():
             kept.append(path)
-        if path.name.startswith("gateway.db"):
-            kept.append(path)
-    assert len(kept) >= 3, kept  # a session, the database, and its log
-    for path in kept:
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
-    assert stat.S_IMODE((workspace / ".state").stat().st_mode) == 0o700
+            assert is_private(path, workspace), path
+    names = {path.suffix for path in kept}
+    assert {".jsonl", ".db-wal"} <= names, kept
+    for path in (workspace / ".state").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def is_private(path: Path, workspace: Path) -> bool:
+    """Whether only the owner can read a file: by its mode, or by that of a folder."""
+    while path != workspace:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077 == 0:
+            return True
+        path = path.parent
+    return False
 
 
 # --- who is answered, and where ---
@@ -757,7 +764,7 @@ def test_rate_limits_are_waited_out(bench: Bench):
     """The platform notes whoever sends before the time that it has named."""
     bench.up()
     feishu = bench.feishu
-    for seconds, style in ((2, "429"), (2, "400"), (1, "230020")):
+    for seconds, style in ((1.3, "429"), (1.3, "400"), (1, "230020")):
         feishu.rate_limit(1, seconds, style)
         assert bench.ask(style).text == f"heard {style}"
     assert len(bench.answers) == 3 and len(bench.sends) == 6
@@ -787,26 +794,25 @@ def test_what_is_refused_for_good_is_told_once(bench: Bench):
 @pytest.mark.costly
 def test_trouble_with_the_network(bench: Bench):
     """Errors that pass, lost connections, odd answers: sent in the end, and once."""
-    bench.up()
+    people = [f"ou_person{number}" for number in range(5)]
+    bench.up(ALLOWED_CHATS=" ".join(people))
     feishu = bench.feishu
-    internal = {"code": 1000, "msg": "internal"}
-    faults = [
-        lambda: feishu.fail(SEND_PATH, 502, "<html>bad gateway</html>"),
-        lambda: feishu.fail(SEND_PATH, 500, internal, accepted=True),
-        lambda: feishu.drop(part=SEND_PATH),
-        lambda: feishu.drop(part=SEND_PATH, accepted=True),
-        lambda: feishu.fail(SEND_PATH, 200, "<html>a portal</html>"),
-    ]
-    expected = []
-    for number, fault in enumerate(faults):
-        fault()
-        assert bench.push(feishu.event(f"question {number}")) == 200
-        expected.append(f"heard question {number}")
-        wait_until(lambda n=number: len(bench.sends) == 2 * (n + 1), 20)
-    assert bench.ask("fine").text == "heard fine"
-    assert bench.answers == [*expected, "heard fine"]
-    uuids = [call.body["uuid"] for call in bench.sends]
-    assert uuids[0:10:2] == uuids[1:10:2] and len(set(uuids)) == 6
+    feishu.fail(SEND_PATH, 502, "<html>bad gateway</html>")
+    feishu.fail(SEND_PATH, 500, {"code": 1000, "msg": "internal"}, accepted=True)
+    feishu.fail(SEND_PATH, 200, "<html>a portal</html>")
+    feishu.drop(part=SEND_PATH)
+    feishu.drop(part=SEND_PATH, accepted=True)
+    for who in people:
+        assert bench.push(feishu.event(f"first of {who}", open_id=who)) == 200
+    wait_until(lambda: len(bench.sends) == 10, 20)
+    for who in people:
+        answer = bench.ask(f"second of {who}", open_id=who).text
+        assert answer == f"heard second of {who}"
+        answers = [sent.text for sent in feishu.sent if sent.receive_id == who]
+        assert answers == [f"heard first of {who}", answer]
+        sends = [call.body for call in bench.sends if call.body["receive_id"] == who]
+        keys = [send["uuid"] for send in sends]
+        assert keys[0] == keys[1] != keys[2] and len(keys) == 3
 
 
 @since("s04")
@@ -844,17 +850,27 @@ def test_no_platform_at_the_start(bench: Bench):
 
 @since("s04")
 @pytest.mark.costly
-def test_a_platform_that_hangs(bench: Bench):
-    """The answer is sent again after a timeout; others do not wait for that."""
+def test_what_hangs_has_an_end(bench: Bench):
+    """A send without an answer is tried again, and a request without end is cut off."""
     bench.up(ALLOWED_CHATS="ou_alice ou_bob")
-    bench.feishu.hang(15, part=SEND_PATH)
-    assert bench.push(bench.feishu.event("slow")) == 200
+    feishu = bench.feishu
+    feishu.hang(15, part=SEND_PATH)
+    assert bench.push(feishu.event("slow")) == 200
     wait_until(lambda: bench.sends)
-    assert bench.push(bench.feishu.event("after it")) == 200
+    assert bench.push(feishu.event("after it")) == 200
     bench.model.wait(2)
-    assert bench.push(bench.feishu.event("another", open_id="ou_bob")) == 200
+    with ExitStack() as stack:
+        dripping = []
+        body = f"{POST}\r\nHost: x\r\nContent-Length: 9999\r\n\r\n{{".encode()
+        for data in (b"", body[:30], body):
+            dripping += crowd(stack, bench.hook, 1, data)
+        assert bench.ask("another", open_id="ou_bob").text == "heard another"
+        deadline = time.monotonic() + 30
+        while drip(dripping):
+            assert time.monotonic() < deadline, "a connection is still open"
+            time.sleep(0.1)
     wait_until(lambda: len(bench.sends) == 4, 30)
-    bench.feishu.wait_sent(3)
+    feishu.wait_sent(3)
     assert bench.answers == ["heard slow", "heard another", "heard after it"]
 
 
@@ -882,11 +898,10 @@ def test_recipients_do_not_wait_for_each_other(bench: Bench):
 def test_accounts_that_cannot_work(bench: Bench):
     """Each says so in a line, names no secret, and leaves the others alone."""
     taken = socket.create_server(("127.0.0.1", 0))
-    wrong_secret = f"an-app-secret of {bench.feishu.app_id}"
     wrong = {
         "notoken": {"VERIFICATION_TOKEN": ""},
         "nosecret": {"APP_SECRET": ""},
-        "wrong": {"APP_SECRET": wrong_secret},
+        "wrong": {"APP_SECRET": "an-app-secret of others"},
         "nobody": {"APP_ID": "cli_nobody"},
         "taken": {"PORT": str(taken.getsockname()[1])},
         "word": {"PORT": "abc"},
@@ -897,8 +912,6 @@ def test_accounts_that_cannot_work(bench: Bench):
     env = bench.settings()
     for account, settings in wrong.items():
         env |= bench.settings(account, **settings)
-    echo = {"code": 10014, "msg": f"the secret {wrong_secret} is invalid"}
-    bench.feishu.fail(TOKEN_PATH, 200, echo, times=1)
     screen = bench.start(**env)
     bench.hook = screen.wait_for(ON, 20)[1]
     for account in wrong:
@@ -915,6 +928,15 @@ def test_accounts_that_cannot_work(bench: Bench):
     screen.type("hello\n")
     screen.wait_for("heard hello")
     assert bench.ask("hello there").text == "heard hello there"
+
+
+@since("s04")
+def test_an_error_that_repeats_the_secret(bench: Bench):
+    """The terminal says what went wrong, and not the secret."""
+    error = {"code": 10014, "msg": "the secret an-app-secret is invalid"}
+    bench.feishu.fail(TOKEN_PATH, 200, error)
+    screen = bench.start(**bench.settings())
+    screen.wait_for(re.compile(r"\[feishu\] .*10014 the secret .* is invalid"))
 
 
 @since("s04")
