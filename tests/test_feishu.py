@@ -70,6 +70,8 @@ class Bench:
         verb, _, rest = words.partition(" ")
         if verb == "wait":
             return Gate(self.gate, Text(f"heard {words}"))
+        if verb == "count":
+            return Text(f"heard {len(words)} characters")
         if verb == "fail":
             return Error(422)
         if verb == "repeat":
@@ -95,9 +97,10 @@ class Bench:
         suffix = f"_{account}".upper() if account else ""
         return {f"FEISHU_{name}{suffix}": value for name, value in names.items()}
 
-    def start(self, **env: str) -> harness.Screen:
+    def start(self, fsize: int | None = None, **env: str) -> harness.Screen:
         """Start a process at a terminal. It is ended with the test at the latest."""
-        screen = harness.Screen(self.section, self.model.env("brain", **env))
+        env = self.model.env("brain", **env)
+        screen = harness.Screen(self.section, env, fsize=fsize)
         self.screens.append(screen)
         return screen
 
@@ -527,6 +530,24 @@ def test_a_question_is_answered_once(bench: Bench):
     assert bench.answers == [f"heard {text}" for text in texts]
     messages = bench.model.chats[-1].messages
     assert [m["content"] for m in messages if m["role"] == "user"] == texts
+
+
+@since("s04")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_what_cannot_be_stored_is_not_taken(bench: Bench):
+    """Feishu hears of the failure, brings the message again, and it is answered."""
+    screen = bench.start(fsize=300_000, **bench.settings())
+    bench.hook = screen.wait_for(ON)[1]
+    event = bench.feishu.event("count " + "x" * 400_000)
+    for _ in range(2):
+        assert bench.push(event) == 500
+    screen.wait_for(re.compile(r"\[feishu\] .*not be stored"))
+    assert bench.ask("small").text == "heard small"
+    screen.close()
+    bench.up()
+    assert bench.push(event) == 200
+    bench.feishu.wait_sent(2)
+    assert bench.answers == ["heard small", "heard 400006 characters"]
 
 
 @since("s04")
