@@ -1160,7 +1160,7 @@ def lock_workspace(folder: Path) -> None:
     path = folder / ".lock"
     path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1169,9 +1169,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        owner = path.read_text()
+        owner = path.read_text("utf-8")
         sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
-    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}", "utf-8")
 
 
 # Commands

@@ -1187,7 +1187,7 @@ def lock_workspace(folder: Path) -> None:
     path = folder / ".lock"
     path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1196,9 +1196,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        owner = path.read_text()
+        owner = path.read_text("utf-8")
         sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
-    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}", "utf-8")
 
 
 # Commands
@@ -1586,7 +1586,9 @@ class Channel:
 
     def log(self, text: str) -> None:
         """Say something at the terminal, without the key of the account."""
-        text = text.replace(self.setting(self.key_setting) or "-", "***")
+        key = self.setting(self.key_setting)
+        if key:
+            text = text.replace(key, "***")
         line = " ".join(text.split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
@@ -1693,9 +1695,8 @@ class Outbox:
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
         try:
-            for number, text in enumerate(
-                split_text(message.answer, channel.max_length)
-            ):
+            texts = split_text(message.answer, channel.max_length)
+            for number, text in enumerate(texts):
                 key = f"{message.id}/{number}"
                 step = partial(channel.send, message.peer, text, key)
                 call_with_retries(step, channel.log, max_tries=10)
@@ -1811,7 +1812,7 @@ class App:
         try:
             if not self.needs_turn(message):
                 return
-            channel.log(f"{message.sender}: {message.prompt()}")
+            channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
                 answer = self.run_turn(message)
             self.reply(message, answer)

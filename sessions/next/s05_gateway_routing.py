@@ -1204,7 +1204,7 @@ def lock_workspace(folder: Path) -> None:
     path = folder / ".lock"
     path.touch(0o600)  # the owner alone may read it
     # It stays open on purpose.
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
     LOCKS.append(lock)
     try:
         import fcntl
@@ -1213,9 +1213,9 @@ def lock_workspace(folder: Path) -> None:
     except ImportError:
         return  # Windows has no such lock
     except OSError:
-        owner = path.read_text()
+        owner = path.read_text("utf-8")
         sys.exit(f"{folder} is in use by {owner}: end it, or set WORKSPACE_DIR")
-    path.write_text(f"{__doc__[:3]}, process {os.getpid()}")
+    path.write_text(f"{__doc__[:3]}, process {os.getpid()}", "utf-8")
 
 
 # Commands
@@ -1603,7 +1603,9 @@ class Channel:
 
     def log(self, text: str) -> None:
         """Say something at the terminal, without the key of the account."""
-        text = text.replace(self.setting(self.key_setting) or "-", "***")
+        key = self.setting(self.key_setting)
+        if key:
+            text = text.replace(key, "***")
         line = " ".join(text.split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
@@ -1710,9 +1712,8 @@ class Outbox:
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
         try:
-            for number, text in enumerate(
-                split_text(message.answer, channel.max_length)
-            ):
+            texts = split_text(message.answer, channel.max_length)
+            for number, text in enumerate(texts):
                 key = f"{message.id}/{number}"
                 step = partial(channel.send, message.peer, text, key)
                 call_with_retries(step, channel.log, max_tries=10)
@@ -1828,7 +1829,7 @@ class App:
         try:
             if not self.needs_turn(message):
                 return
-            channel.log(f"{message.sender}: {message.prompt()}")
+            channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
                 answer = self.run_turn(message)
             self.reply(message, answer)
@@ -2601,14 +2602,20 @@ class BindingTable:
         self.agents = agents
         self.lock = threading.Lock()
         self.bindings = []
-        self.unreadable = []  # entries that are kept as they are
+        self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
-        for position, entry in enumerate(load_config(file, [])):
+        self.load()
+
+    def load(self) -> None:
+        """Read the file. An entry that cannot be used is named and left out."""
+        self.bindings = []
+        self.unusable = []
+        for position, entry in enumerate(load_config(self.file, []), 1):
             try:
                 self.bindings.append(self.check(Binding.model_validate(entry)))
             except ValueError as error:
-                self.unreadable.append(entry)
-                print(f"[bindings.json, entry {position + 1}: {short_reason(error)}]")
+                self.unusable.append(entry)
+                print(f"[bindings.json, entry {position}: {short_reason(error)}]")
         self.index()
 
     def check(self, binding: Binding) -> Binding:
@@ -2639,11 +2646,13 @@ class BindingTable:
     def set(self, binding: Binding) -> None:
         """Add a binding, or replace the one with the same fields and priority."""
         with self.lock:
+            self.load()  # the owner may have edited the file
             self.save([*self.others(binding), self.check(binding)])
 
     def remove(self, binding: Binding) -> None:
         """Remove the binding with the same fields and priority. Raises ValueError."""
         with self.lock:
+            self.load()
             others = self.others(binding)
             if len(others) == len(self.bindings):
                 raise ValueError("there is no such binding")
@@ -2657,7 +2666,7 @@ class BindingTable:
     def save(self, bindings: list[Binding]) -> None:
         """Write the file as a whole, then use what is in it."""
         entries = [binding.model_dump(exclude_defaults=True) for binding in bindings]
-        text = json.dumps([*entries, *self.unreadable], indent=2, ensure_ascii=False)
+        text = json.dumps([*entries, *self.unusable], indent=2, ensure_ascii=False)
         replace_file(self.file, text + "\n")
         self.bindings = bindings
         self.index()
@@ -2722,7 +2731,8 @@ def load_config(file: Path, default: list | dict) -> list | dict:
             raise ValueError(f"it must be a JSON {kind}")
         return value
     except (OSError, ValueError) as error:
-        print(f"[{file.name} is not used: {error}]")
+        copy = shutil.copyfile(file, f"{file}.damaged")
+        print(f"[{file.name} is not used: {error}. A copy of it is {copy}]")
         return default
 
 
@@ -2874,9 +2884,9 @@ class GatewayServer(Channel):
         """A token that stays the same, so that a link is good after a restart."""
         file = self.app.agent.workspace / ".state" / "gateway-token"
         file.touch(0o600)
-        if not file.read_text():
-            file.write_text(secrets.token_urlsafe(16))
-        return file.read_text()
+        if not file.read_text("utf-8"):
+            file.write_text(secrets.token_urlsafe(16), "utf-8")
+        return file.read_text("utf-8")
 
     async def listen(self, port: int) -> str:
         """Open the port. Returns the address. Raises OSError if it is taken."""
@@ -3105,15 +3115,20 @@ async def rpc_history(
     key = session or app.session_key(message)
     gateway.watch(client, key)
     found = await asyncio.to_thread(app.find_session, key)
-    waiting = [m for m in list(app.inbox.waiting) if app.session_key(m) == key]
+    messages = transcript(found or [])
+    known = [message["id"] for message in messages]
+    waiting = []  # what is not in the session yet
+    for each in app.unanswered():
+        if app.session_key(each) == key and each.id not in known:
+            waiting.append({"id": each.id, "text": each.text})
     return {
         "session": key,
         "agent": agent_of(key),
         "id": found.path.stem if found else "",
         "label": found.label if found else "",
-        "messages": transcript(found or [])[-limit:],
+        "messages": messages[-limit:],
         "running": gateway.running.get(key),
-        "waiting": [{"id": each.id, "text": each.text} for each in waiting],
+        "waiting": waiting,
     }
 
 
@@ -3135,9 +3150,14 @@ async def rpc_sessions(gateway: GatewayServer, client: GatewayConnection) -> lis
     """What each session key means now, for all agents."""
     entries = []
     for agent_id in gateway.app.agents.agents:
-        index = gateway.app.agents.store_of(agent_id).read_index()
-        for key, session_id in index.items():
-            entries.append({"session": key, "agent": agent_id, "id": session_id})
+        store = gateway.app.agents.store_of(agent_id)
+        for key, session_id in store.read_index().items():
+            path = store.folder / f"{session_id}.jsonl"
+            if path.is_file():
+                entry = {"session": key, "agent": agent_id, "id": session_id}
+                entry["label"] = read_header(path).get("label", "")
+                entry["used"] = path.stat().st_mtime
+                entries.append(entry)
     return entries
 
 
@@ -3235,6 +3255,13 @@ class GatewayApp(App):
             agent = replace(self.agent, session_key=key, store=self.store_for(key))
             return self.session_for(agent)
         return None
+
+    def unanswered(self) -> list[InboundMessage]:
+        """The messages in the inbox that have no answer yet."""
+        rows = self.database.execute(
+            "SELECT message FROM inbox WHERE done IS NULL AND answer IS NULL"
+        )
+        return [InboundMessage(**json.loads(record)) for (record,) in rows]
 
     def agent_for(self, message: InboundMessage) -> Agent:
         """The agent with the prompt and the model of its configuration."""
