@@ -14,6 +14,7 @@ const { marked, DOMPurify } = window;
 const HISTORY_LIMIT = 200; // messages
 const MAX_RETRY_SECONDS = 15;
 const PANEL_SECONDS = 5; // between two looks at what others may have changed
+const MAX_MESSAGE = 1_000_000; // bytes, somewhat less than the gateway takes
 const NEAR_END = 32; // pixels from the end of the log that count as "at the end"
 
 const state = {
@@ -21,6 +22,7 @@ const state = {
   peer: localStorage.getItem("peer") ?? newPeer(),
   session: "", // the key of the session that is shown
   sessionId: "", // changes with /new and /switch
+  label: "", // of that session
   agent: "",
   reading: "", // the key of another session while that one is shown
   running: null, // the turn that is being answered
@@ -101,8 +103,7 @@ function socketAddress() {
 
 async function onConnected() {
   failedTries = 0;
-  byId("door").hidden = true;
-  page.hidden = false;
+  closeDoor();
   showConnection("connected");
   // Requests are answered in order, so the history knows of what is sent before it.
   sendOutbox();
@@ -219,6 +220,14 @@ function askForToken() {
   document.title = "Web chat: link needed";
 }
 
+function closeDoor() {
+  if (!byId("door").hidden) {
+    byId("door").hidden = true;
+    page.hidden = false;
+    textField.focus();
+  }
+}
+
 byId("door-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const entry = byId("token").value.trim();
@@ -226,13 +235,12 @@ byId("door-form").addEventListener("submit", (event) => {
   useToken(match ? decodeURIComponent(match[1]) : entry);
   byId("token").value = "";
   connect();
-  textField.focus();
 });
 
 // --- Markdown ---
 
 const ALLOWED_TAGS = (
-  "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre strong" +
+  "a blockquote br code del em h4 h5 h6 hr li ol p pre strong" +
   " table tbody td th thead tr ul"
 ).split(" ");
 const SANITIZE = {
@@ -249,6 +257,11 @@ const markdown = new marked.Marked({
   breaks: true,
   gfm: true,
   renderer: {
+    // The page has headings of its own above those of an answer.
+    heading({ tokens, depth }) {
+      const level = Math.min(depth + 3, 6);
+      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
+    },
     // HTML in an answer is shown as it is written, so that no text gets lost.
     html: ({ text }) => (/^<br\s*\/?>$/i.test(text) ? "<br>" : escapeHtml(text)),
     // An image would be loaded from a foreign server, so it becomes a link.
@@ -353,10 +366,10 @@ function addTurn(key, text) {
     answerElement: null, // where the pieces go that arrive now
     openCalls: [], // tool calls without a result
     hasTools: false,
+    isStale: false, // the history has it better than it is shown
     hasNotes: false,
   };
   part("question-text").textContent = text;
-  element.dataset.origin = turn.isOwn ? "own" : "other";
   turns.set(key, turn);
   placeBeforeWaiting(element);
   return turn;
@@ -369,6 +382,7 @@ function placeBeforeWaiting(element) {
   );
   keepPlace(() => log.insertBefore(element, waiting));
   byId("empty").hidden = true;
+  byId("nothing").hidden = true;
 }
 
 function setTurnState(turn, name) {
@@ -403,9 +417,17 @@ function showTurnState(turn) {
   turn.part("working").hidden = !isRunning;
   if (isRunning) {
     turn.part("answer").hidden = false;
-    turn.part("speaker").textContent = state.agent;
+    turn.part("speaker").textContent = speakerOf(turn);
     turn.part("working-text").textContent = workingText(turn);
   }
+}
+
+function isCommand(turn) {
+  return turn.text.startsWith("/");
+}
+
+function speakerOf(turn) {
+  return isCommand(turn) ? "gateway" : state.agent;
 }
 
 function workingText(turn) {
@@ -413,7 +435,7 @@ function workingText(turn) {
   if (call) {
     return `${state.agent} uses ${call.querySelector(".tool-name").textContent}`;
   }
-  return `${state.agent} is working`;
+  return `${speakerOf(turn)} is working`;
 }
 
 function sendAgainButton() {
@@ -437,7 +459,7 @@ function timeElement(seconds) {
 
 function addPart(turn, element) {
   turn.part("answer").hidden = false;
-  turn.part("speaker").textContent = state.agent;
+  turn.part("speaker").textContent = speakerOf(turn);
   keepPlace(() => turn.part("parts").append(element));
 }
 
@@ -541,7 +563,7 @@ function finishTurn(turn, time) {
   setTurnState(turn, "done");
   turn.part("answer-foot").hidden = turn.answers.length === 0;
   if (time) {
-    turn.part("answer-time").replaceWith(timeElement(time));
+    turn.part("answer-time").replaceChildren(timeElement(time));
   }
 }
 
@@ -625,7 +647,6 @@ function beginConversation(history) {
   const isSameSession = history.session === state.session;
   const isSame = isSameSession && [history.id, ""].includes(state.sessionId);
   const isNew = isSameSession && !isSame && history.messages.length === 0;
-  const label = isNew ? `New conversation: ${history.label}` : history.label;
   if (!isSame && !isNew) {
     log.replaceChildren();
     turns.clear();
@@ -635,11 +656,14 @@ function beginConversation(history) {
   if (history.messages.length >= HISTORY_LIMIT && turns.size === 0) {
     addDivider("Older messages are not shown");
   }
-  if (label && history.id !== state.sessionId) {
-    addDivider(label.replace(/: $/, ""));
+  if (isNew) {
+    addDivider(["New conversation", history.label].filter(Boolean).join(": "));
+  } else if (history.label && (history.label !== state.label || turns.size === 0)) {
+    addDivider(history.label);
   }
   state.session = history.session;
   state.sessionId = history.id;
+  state.label = history.label;
   state.agent = history.agent;
 }
 
@@ -702,6 +726,9 @@ function onOtherSession(name, event) {
 function beginTurn(event) {
   const turn = findOrAddTurn(messageKey(event), event.text, event.time);
   turn.isLive = true;
+  // After a restart of the gateway, a turn begins once more and goes on.
+  turn.isStale = turn.part("parts").childElementCount > 0;
+  endAnswerPart(turn);
   setTurnState(turn, "running");
   placeBeforeWaiting(turn.element);
 }
@@ -737,7 +764,7 @@ function endTurn(event) {
   announce(`${state.agent}: ${turn.part("parts").innerText}`);
   countUnread();
   // Tool calls are shown shortened while they run; the history has them whole.
-  turn.isStale = turn.hasTools || !isComplete;
+  turn.isStale ||= turn.hasTools || !isComplete;
   if (turn.isStale || event.session_id !== state.sessionId) {
     loadHistory();
   }
@@ -745,7 +772,7 @@ function endTurn(event) {
 }
 
 function showWholeText(turn, text) {
-  if (turn.text.startsWith("/")) {
+  if (isCommand(turn)) {
     addCommandResult(turn, text);
   } else {
     addAnswer(turn, text);
@@ -756,14 +783,15 @@ function showWholeText(turn, text) {
 
 function showView() {
   const where = describeSession(state.session);
-  byId("title").textContent = state.agent;
-  byId("subtitle").textContent = state.reading
-    ? `${where.name}, ${where.detail}`
-    : `by ${decidingTier().label}`;
+  const tier = `routed by the ${decidingTier().name} tier`;
+  const about = [state.label, state.reading ? where.detail : tier];
+  byId("title").textContent = state.reading ? where.name : state.agent;
+  byId("subtitle").textContent = about.filter(Boolean).join(", ");
   byId("empty-agent").textContent = state.agent;
   byId("empty").hidden = turns.size > 0 || state.reading !== "";
+  byId("nothing").hidden = turns.size > 0 || state.reading === "";
   byId("reading").hidden = !state.reading;
-  byId("reading-name").textContent = `${where.name}, ${where.detail}, ${state.agent}`;
+  byId("reading-name").textContent = `${where.name} with ${state.agent}`;
   composer.hidden = Boolean(state.reading);
   showTitle();
   showStopButton();
@@ -853,9 +881,10 @@ function showNotice(text, actionName, action) {
   }
   notice.hidden = false;
   clearTimeout(noticeTimer);
+  const seconds = action ? 12 : 5;
   noticeTimer = setTimeout(() => {
     notice.hidden = true;
-  }, 10_000);
+  }, 1000 * seconds);
 }
 
 log.addEventListener("click", (event) => {
@@ -874,7 +903,12 @@ log.addEventListener("click", (event) => {
 });
 
 async function copy(button, text) {
-  await navigator.clipboard.writeText(text);
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch (error) {
+    showNotice(`Not copied: ${error.message}`);
+    return;
+  }
   const before = button.textContent;
   button.textContent = "Copied";
   announce("Copied");
@@ -970,6 +1004,10 @@ function sendAgain(turn) {
   say(turn.text);
 }
 
+function isTooLong(text) {
+  return new TextEncoder().encode(JSON.stringify(text)).length > MAX_MESSAGE;
+}
+
 function showStopButton() {
   const canStop = state.commands.some((command) => nameOf(command) === "/stop");
   byId("stop").hidden = !(canStop && state.running && !state.reading);
@@ -980,7 +1018,9 @@ byId("stop").addEventListener("click", () => say("/stop"));
 composer.addEventListener("submit", (event) => {
   event.preventDefault();
   const text = textField.value.trim();
-  if (text) {
+  if (isTooLong(text)) {
+    showNotice("This is too long for one message. Put it into a file instead.");
+  } else if (text) {
     setText("");
     say(text);
   }
@@ -1129,21 +1169,15 @@ completions.addEventListener("pointerdown", (event) => {
 const TIERS = [
   {
     name: "peer",
-    label: "its own binding",
     fits: (binding) => isOfWebAccount(binding) && binding.peer === state.peer,
   },
-  { name: "guild", label: "the guild", fits: () => false }, // web chats have none
+  { name: "guild", fits: () => false }, // web chats have none
   {
     name: "account",
-    label: "the account",
     fits: (binding) => binding.channel === "web" && binding.account === "default",
   },
-  {
-    name: "channel",
-    label: "the channel",
-    fits: (binding) => binding.channel === "web",
-  },
-  { name: "default", label: "the default", fits: () => true },
+  { name: "channel", fits: (binding) => binding.channel === "web" },
+  { name: "default", fits: () => true },
 ];
 
 function isOfWebAccount(binding) {
@@ -1187,7 +1221,8 @@ function showPanel() {
   byId("peer-name").textContent = state.peer;
   replaceList(byId("agents"), state.agents.map(agentItem));
   replaceList(byId("tiers"), TIERS.map(tierItem));
-  replaceList(byId("sessions"), state.sessions.map(sessionItem));
+  const latest = state.sessions.toSorted((one, other) => other.used - one.used);
+  replaceList(byId("sessions"), latest.map(sessionItem));
   replaceList(byId("bindings"), state.bindings.map(bindingItem));
   byId("unbind").hidden = !bindingOf(TIERS[0]);
   if (state.bindings.length === 0) {
@@ -1250,7 +1285,8 @@ function tierItem(tier) {
 function sessionItem(entry) {
   const where = describeSession(entry.session);
   const name = make("span", "name", where.name);
-  const detail = make("span", "detail", `${where.detail}, ${entry.agent}`);
+  const about = [entry.agent, where.detail, entry.label].filter(Boolean).join(", ");
+  const detail = make("span", "detail", about);
   const button = panelButton("row", entry.session, name, detail);
   button.setAttribute("aria-current", String(entry.session === state.session));
   return make("li", "", button);
@@ -1261,7 +1297,7 @@ function describeSession(key) {
   const rest = key.split(":").slice(2).join(":");
   const match = /^(?:(.*):)?(direct|group):(.*)$/.exec(rest);
   if (!match) {
-    return { name: rest || "main", detail: "terminal" };
+    return { name: "Terminal", detail: "" };
   }
   const [, where, kind, peer] = match;
   const place = (where ?? "all channels").replace(":default", "").replace(":", " ");
@@ -1394,7 +1430,9 @@ function setPanel(isOpen) {
 
 function togglePanel(isOpen) {
   setPanel(isOpen);
-  localStorage.setItem("panel", isOpen ? "open" : "closed");
+  if (isWide()) {
+    localStorage.setItem("panel", isOpen ? "open" : "closed");
+  }
   if (isOpen) {
     refreshPanel();
   }
@@ -1404,7 +1442,11 @@ function togglePanel(isOpen) {
 byId("panel-open").addEventListener("click", () => togglePanel(panel.hidden));
 byId("panel-close").addEventListener("click", () => togglePanel(false));
 byId("backdrop").addEventListener("click", () => togglePanel(false));
-wideScreen.addEventListener("change", () => setPanel(!panel.hidden && isWide()));
+wideScreen.addEventListener("change", showPanelIfWide);
+
+function showPanelIfWide() {
+  showPanelIfWide();
+}
 
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented) {
@@ -1455,7 +1497,7 @@ function showSuggestions() {
 window.addEventListener("online", connect);
 window.addEventListener("hashchange", () => {
   if (takeTokenFromAddress()) {
-    socket.close();
+    socket?.close();
     connect();
   }
 });
@@ -1467,10 +1509,14 @@ setInterval(() => {
 }, 1000 * PANEL_SECONDS);
 
 setTheme(localStorage.getItem("theme") ?? "auto");
-setPanel(isWide() && localStorage.getItem("panel") !== "closed");
+showPanelIfWide();
 showSuggestions();
 setText(localStorage.getItem("draft") ?? "");
 showOutbox();
 takeTokenFromAddress();
-connect();
-textField.focus();
+if (state.token) {
+  connect();
+  textField.focus();
+} else {
+  askForToken();
+}
