@@ -1445,7 +1445,7 @@ byId("backdrop").addEventListener("click", () => togglePanel(false));
 wideScreen.addEventListener("change", showPanelIfWide);
 
 function showPanelIfWide() {
-  showPanelIfWide();
+  setPanel(isWide() && localStorage.getItem("panel") !== "closed");
 }
 
 document.addEventListener("keydown", (event) => {
