@@ -631,6 +631,7 @@ function showHistory(history) {
   }
   for (const message of history.waiting) {
     const turn = findOrAddTurn(messageKey(message), message.text);
+    log.append(turn.element);
     setTurnState(turn, "waiting");
   }
   const running = turns.get(history.running);
@@ -791,7 +792,7 @@ function showView() {
   byId("empty").hidden = turns.size > 0 || state.reading !== "";
   byId("nothing").hidden = turns.size > 0 || state.reading === "";
   byId("reading").hidden = !state.reading;
-  byId("reading-name").textContent = `${where.name} with ${state.agent}`;
+  byId("reading-name").textContent = `${where.name}, agent ${state.agent}`;
   composer.hidden = Boolean(state.reading);
   showTitle();
   showStopButton();
@@ -942,12 +943,10 @@ function showOutbox() {
     return;
   }
   for (const entry of readOutbox()) {
-    const key = outboxKey(entry);
-    if (!turns.has(key)) {
-      const turn = addTurn(key, entry.text);
-      log.append(turn.element);
+    const turn = findOrAddTurn(outboxKey(entry), entry.text);
+    if (["", "unsent"].includes(turn.state)) {
       setTurnState(turn, "unsent");
-      keepPlace(() => {});
+      keepPlace(() => log.append(turn.element));
     }
   }
 }
