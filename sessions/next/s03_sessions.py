@@ -338,6 +338,7 @@ class AnswerCleaner:
 # --- s02: tool use ---
 
 MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
+MAX_CALLS = 100  # in one answer; more than that is a model gone wild
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -402,7 +403,7 @@ def call_handler(agent: Agent, name: str, arguments: dict) -> str:
     pydantic makes "5" the number 5 where a number is wanted. Null means the default.
     """
     if name not in TOOL_HANDLERS:
-        raise ValueError(f"there is no tool {name}, only {', '.join(TOOL_HANDLERS)}")
+        raise ValueError(f"there is no tool {name}")
     handler = pydantic.validate_call(partial(TOOL_HANDLERS[name], agent))
     given = {key: value for key, value in arguments.items() if value is not None}
     return handler(**given)
@@ -694,7 +695,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     calls = []
     signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
-    for call in reply.tool_calls:
+    for call in reply.tool_calls[:MAX_CALLS]:
         calls.append(normalize_tool_call(call))
         signed_calls.append(calls[-1] | call["extra"])
     reply.tool_calls = calls

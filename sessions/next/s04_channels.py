@@ -365,6 +365,7 @@ class AnswerCleaner:
 # --- s02: tool use ---
 
 MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
+MAX_CALLS = 100  # in one answer; more than that is a model gone wild
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -429,7 +430,7 @@ def call_handler(agent: Agent, name: str, arguments: dict) -> str:
     pydantic makes "5" the number 5 where a number is wanted. Null means the default.
     """
     if name not in TOOL_HANDLERS:
-        raise ValueError(f"there is no tool {name}, only {', '.join(TOOL_HANDLERS)}")
+        raise ValueError(f"there is no tool {name}")
     handler = pydantic.validate_call(partial(TOOL_HANDLERS[name], agent))
     given = {key: value for key, value in arguments.items() if value is not None}
     return handler(**given)
@@ -721,7 +722,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     calls = []
     signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
-    for call in reply.tool_calls:
+    for call in reply.tool_calls[:MAX_CALLS]:
         calls.append(normalize_tool_call(call))
         signed_calls.append(calls[-1] | call["extra"])
     reply.tool_calls = calls
@@ -1533,7 +1534,8 @@ class Channel:
     """A way to people. One object is one account: one bot, one app, the terminal."""
 
     name = ""
-    key_setting = ""  # the setting that an account must have
+    key_setting = ""  # an account exists if it has this setting
+    secret_setting = ""  # never to be shown
     max_length = 4000  # characters of one text
 
     def __init__(self, app: "App", account: str = "default") -> None:
@@ -1569,8 +1571,8 @@ class Channel:
         chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
         return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
 
-    def receive(self, message: InboundMessage) -> None:
-        """Take what a person has said. It is on disk when this returns.
+    def receive(self, message: InboundMessage) -> bool:
+        """Take what a person has said: then it is on disk. Returns whether it is taken.
 
         Raises sqlite3.Error if it cannot be written.
         """
@@ -1579,16 +1581,18 @@ class Channel:
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
             self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
-        elif self.app.inbox.count_waiting(message) >= MAX_WAITING:
+            return False
+        if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
-        else:
-            self.app.inbox.put(message)
+            return False
+        self.app.inbox.put(message)
+        return True
 
     def log(self, text: str) -> None:
-        """Say something at the terminal, without the key of the account."""
-        key = self.setting(self.key_setting)
-        if key:
-            text = text.replace(key, "***")
+        """Say something at the terminal, without the secret of the account."""
+        secret = self.setting(self.secret_setting)
+        if secret:
+            text = text.replace(secret, "***")
         line = " ".join(text.split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
@@ -1736,7 +1740,10 @@ def create_channels(app: "App") -> dict[tuple, Channel]:
         for name in sorted(os.environ):
             if name.startswith(setting) and os.environ[name].strip():
                 account = name.removeprefix(setting).strip("_").lower() or "default"
-                channels[kind.name, account] = kind(app, account)
+                try:
+                    channels[kind.name, account] = kind(app, account)
+                except Exception as error:  # the libraries do not say what they raise
+                    app.terminal.log(f"{kind.name} {account} is off: {error}")
     return channels
 
 
@@ -2030,6 +2037,7 @@ class TelegramChannel(Channel):
 
     name = "telegram"
     key_setting = "BOT_TOKEN"
+    secret_setting = "BOT_TOKEN"
 
     def __init__(self, app: App, account: str) -> None:
         super().__init__(app, account)
@@ -2294,6 +2302,7 @@ class FeishuChannel(Channel):
 
     name = "feishu"
     key_setting = "APP_ID"
+    secret_setting = "APP_SECRET"
 
     def __init__(self, app: App, account: str) -> None:
         super().__init__(app, account)
@@ -2312,9 +2321,9 @@ class FeishuChannel(Channel):
         """Open the webhook. Raises ChannelError if a setting is missing or wrong."""
         for name in ("APP_SECRET", "VERIFICATION_TOKEN"):
             if not self.setting(name):
-                raise ChannelError(f"FEISHU_{name} is not set", is_permanent=True)
+                raise ChannelError(f"its {name} is not set", is_permanent=True)
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        port = int(self.setting("PORT", "3000"))
+        port = parse_port(self.setting("PORT", "3000"))
         address = LoopThread().submit(WebhookServer(self).listen(port)).result()
         self.report(f"on, at {address}")
 
@@ -2364,7 +2373,8 @@ class FeishuChannel(Channel):
         kind = "open_id" if peer.startswith("ou_") else "chat_id"
         content = json.dumps({"text": text})
         message = {"receive_id": peer, "msg_type": "text", "content": content}
-        message["uuid"] = hashlib.sha256(key.encode()).hexdigest()[:40]
+        if key:
+            message["uuid"] = hashlib.sha256(key.encode()).hexdigest()[:40]
         path = f"/open-apis/im/v1/messages?receive_id_type={kind}"
         self.call("POST", path, message)
 
@@ -2380,13 +2390,15 @@ class FeishuChannel(Channel):
             if message:
                 self.receive(message)
             return 200, {}
-        except Exception as error:
-            self.log_once(f"an event was refused: {error!r}")
-            if isinstance(error, PermissionError):
-                return 401, {}
-            if isinstance(error, sqlite3.Error):
-                return 500, {}  # then Feishu brings the message again
-            return 400, {}  # it is not as Feishu writes events
+        except PermissionError as error:
+            self.log_once(f"an event was refused: {error}")
+            return 401, {}
+        except sqlite3.Error as error:
+            self.log(f"a message could not be stored: {error}")
+            return 500, {}  # then Feishu brings it again
+        except Exception as error:  # it is not as Feishu writes events
+            self.log_once(f"an event was refused: {type(error).__name__}")
+            return 400, {}
 
     def verify_event(self, headers: Message, body: bytes) -> dict:
         """The event in a request. Raises PermissionError unless Feishu has sent it."""
@@ -2420,7 +2432,7 @@ class FeishuChannel(Channel):
             return None
         content = RECORD.validate_json(message["content"])
         text = read_content(message["message_type"], content)
-        for mention in mentions:
+        for mention in reversed(mentions):  # @_user_11 before @_user_1
             is_bot = mention["id"].get("open_id") == self.bot_id
             name = "" if is_bot else f"@{mention['name']}"
             text = text.replace(mention["key"], name)
@@ -2435,6 +2447,13 @@ class FeishuChannel(Channel):
             is_group=is_group,
             guild=event["header"].get("tenant_key", ""),
         )
+
+
+def parse_port(text: str) -> int:
+    """The number of a port. Raises ValueError if it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text} is not the number of a port")
+    return int(text)
 
 
 def decrypt(secret: str, text: str) -> bytes:
@@ -2469,7 +2488,7 @@ def read_content(kind: str, content: dict) -> str:
     if kind == "text":
         return content["text"]
     if kind != "post":
-        return f"[{kind} {content.get('file_name', '')}: you cannot see it]"
+        return describe_file(kind, content)
     if "content" not in content:  # one post for each language, as {"zh_cn": {...}}
         content = next(iter(content.values()))
     lines = [content.get("title") or ""]
@@ -2486,8 +2505,16 @@ def read_element(element: dict) -> str:
         case {"text": str(text)}:
             return text
         case {"tag": "at", "user_id": str(person)}:
-            return element.get("user_name") or person
-    return f"[{element.get('tag')} {element.get('file_name', '')}: you cannot see it]"
+            return person  # such as @_user_1
+        case {"tag": "emotion", "emoji_type": str(name)}:
+            return f":{name}:"
+    return describe_file(element.get("tag"), element)
+
+
+def describe_file(kind: str, content: dict) -> str:
+    """A line about something that is no text."""
+    name = content.get("file_name", "")
+    return f"[{kind} {name}".strip() + ": you cannot see it]"
 
 
 class WebhookServer:
@@ -2508,6 +2535,7 @@ class WebhookServer:
         self.connections[writer] = None
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = next(iter(self.connections))
+            del self.connections[oldest]
             oldest.transport.abort()
         try:
             async with asyncio.timeout(MAX_REQUEST_SECONDS):
@@ -2522,14 +2550,14 @@ class WebhookServer:
         except (OSError, EOFError, asyncio.LimitOverrunError):
             pass  # too slow, too long, or gone
         finally:
-            del self.connections[writer]
+            self.connections.pop(writer, None)
             writer.close()
 
     async def answer(self, reader: StreamReader) -> tuple[int, dict]:
         """Read a request. Returns the HTTP status and the JSON object for it."""
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
-        if not request_line.startswith("POST /feishu/events"):
+        if not re.match(r"POST /feishu/events[ ?]", request_line):
             return 404, {}
         headers = message_from_string(lines)
         length = headers.get("Content-Length", "")

@@ -382,6 +382,7 @@ class AnswerCleaner:
 # --- s02: tool use ---
 
 MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
+MAX_CALLS = 100  # in one answer; more than that is a model gone wild
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -446,7 +447,7 @@ def call_handler(agent: Agent, name: str, arguments: dict) -> str:
     pydantic makes "5" the number 5 where a number is wanted. Null means the default.
     """
     if name not in TOOL_HANDLERS:
-        raise ValueError(f"there is no tool {name}, only {', '.join(TOOL_HANDLERS)}")
+        raise ValueError(f"there is no tool {name}")
     handler = pydantic.validate_call(partial(TOOL_HANDLERS[name], agent))
     given = {key: value for key, value in arguments.items() if value is not None}
     return handler(**given)
@@ -738,7 +739,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     calls = []
     signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
-    for call in reply.tool_calls:
+    for call in reply.tool_calls[:MAX_CALLS]:
         calls.append(normalize_tool_call(call))
         signed_calls.append(calls[-1] | call["extra"])
     reply.tool_calls = calls
@@ -1550,7 +1551,8 @@ class Channel:
     """A way to people. One object is one account: one bot, one app, the terminal."""
 
     name = ""
-    key_setting = ""  # the setting that an account must have
+    key_setting = ""  # an account exists if it has this setting
+    secret_setting = ""  # never to be shown
     max_length = 4000  # characters of one text
 
     def __init__(self, app: "App", account: str = "default") -> None:
@@ -1586,8 +1588,8 @@ class Channel:
         chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
         return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
 
-    def receive(self, message: InboundMessage) -> None:
-        """Take what a person has said. It is on disk when this returns.
+    def receive(self, message: InboundMessage) -> bool:
+        """Take what a person has said: then it is on disk. Returns whether it is taken.
 
         Raises sqlite3.Error if it cannot be written.
         """
@@ -1596,16 +1598,18 @@ class Channel:
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
             self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
-        elif self.app.inbox.count_waiting(message) >= MAX_WAITING:
+            return False
+        if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
-        else:
-            self.app.inbox.put(message)
+            return False
+        self.app.inbox.put(message)
+        return True
 
     def log(self, text: str) -> None:
-        """Say something at the terminal, without the key of the account."""
-        key = self.setting(self.key_setting)
-        if key:
-            text = text.replace(key, "***")
+        """Say something at the terminal, without the secret of the account."""
+        secret = self.setting(self.secret_setting)
+        if secret:
+            text = text.replace(secret, "***")
         line = " ".join(text.split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
@@ -1753,7 +1757,10 @@ def create_channels(app: "App") -> dict[tuple, Channel]:
         for name in sorted(os.environ):
             if name.startswith(setting) and os.environ[name].strip():
                 account = name.removeprefix(setting).strip("_").lower() or "default"
-                channels[kind.name, account] = kind(app, account)
+                try:
+                    channels[kind.name, account] = kind(app, account)
+                except Exception as error:  # the libraries do not say what they raise
+                    app.terminal.log(f"{kind.name} {account} is off: {error}")
     return channels
 
 
@@ -2047,6 +2054,7 @@ class TelegramChannel(Channel):
 
     name = "telegram"
     key_setting = "BOT_TOKEN"
+    secret_setting = "BOT_TOKEN"
 
     def __init__(self, app: App, account: str) -> None:
         super().__init__(app, account)
@@ -2311,6 +2319,7 @@ class FeishuChannel(Channel):
 
     name = "feishu"
     key_setting = "APP_ID"
+    secret_setting = "APP_SECRET"
 
     def __init__(self, app: App, account: str) -> None:
         super().__init__(app, account)
@@ -2329,9 +2338,9 @@ class FeishuChannel(Channel):
         """Open the webhook. Raises ChannelError if a setting is missing or wrong."""
         for name in ("APP_SECRET", "VERIFICATION_TOKEN"):
             if not self.setting(name):
-                raise ChannelError(f"FEISHU_{name} is not set", is_permanent=True)
+                raise ChannelError(f"its {name} is not set", is_permanent=True)
         self.bot_id = self.call("GET", "/open-apis/bot/v3/info")["bot"]["open_id"]
-        port = int(self.setting("PORT", "3000"))
+        port = parse_port(self.setting("PORT", "3000"))
         address = LoopThread().submit(WebhookServer(self).listen(port)).result()
         self.report(f"on, at {address}")
 
@@ -2381,7 +2390,8 @@ class FeishuChannel(Channel):
         kind = "open_id" if peer.startswith("ou_") else "chat_id"
         content = json.dumps({"text": text})
         message = {"receive_id": peer, "msg_type": "text", "content": content}
-        message["uuid"] = hashlib.sha256(key.encode()).hexdigest()[:40]
+        if key:
+            message["uuid"] = hashlib.sha256(key.encode()).hexdigest()[:40]
         path = f"/open-apis/im/v1/messages?receive_id_type={kind}"
         self.call("POST", path, message)
 
@@ -2397,13 +2407,15 @@ class FeishuChannel(Channel):
             if message:
                 self.receive(message)
             return 200, {}
-        except Exception as error:
-            self.log_once(f"an event was refused: {error!r}")
-            if isinstance(error, PermissionError):
-                return 401, {}
-            if isinstance(error, sqlite3.Error):
-                return 500, {}  # then Feishu brings the message again
-            return 400, {}  # it is not as Feishu writes events
+        except PermissionError as error:
+            self.log_once(f"an event was refused: {error}")
+            return 401, {}
+        except sqlite3.Error as error:
+            self.log(f"a message could not be stored: {error}")
+            return 500, {}  # then Feishu brings it again
+        except Exception as error:  # it is not as Feishu writes events
+            self.log_once(f"an event was refused: {type(error).__name__}")
+            return 400, {}
 
     def verify_event(self, headers: Message, body: bytes) -> dict:
         """The event in a request. Raises PermissionError unless Feishu has sent it."""
@@ -2437,7 +2449,7 @@ class FeishuChannel(Channel):
             return None
         content = RECORD.validate_json(message["content"])
         text = read_content(message["message_type"], content)
-        for mention in mentions:
+        for mention in reversed(mentions):  # @_user_11 before @_user_1
             is_bot = mention["id"].get("open_id") == self.bot_id
             name = "" if is_bot else f"@{mention['name']}"
             text = text.replace(mention["key"], name)
@@ -2452,6 +2464,13 @@ class FeishuChannel(Channel):
             is_group=is_group,
             guild=event["header"].get("tenant_key", ""),
         )
+
+
+def parse_port(text: str) -> int:
+    """The number of a port. Raises ValueError if it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text} is not the number of a port")
+    return int(text)
 
 
 def decrypt(secret: str, text: str) -> bytes:
@@ -2486,7 +2505,7 @@ def read_content(kind: str, content: dict) -> str:
     if kind == "text":
         return content["text"]
     if kind != "post":
-        return f"[{kind} {content.get('file_name', '')}: you cannot see it]"
+        return describe_file(kind, content)
     if "content" not in content:  # one post for each language, as {"zh_cn": {...}}
         content = next(iter(content.values()))
     lines = [content.get("title") or ""]
@@ -2503,8 +2522,16 @@ def read_element(element: dict) -> str:
         case {"text": str(text)}:
             return text
         case {"tag": "at", "user_id": str(person)}:
-            return element.get("user_name") or person
-    return f"[{element.get('tag')} {element.get('file_name', '')}: you cannot see it]"
+            return person  # such as @_user_1
+        case {"tag": "emotion", "emoji_type": str(name)}:
+            return f":{name}:"
+    return describe_file(element.get("tag"), element)
+
+
+def describe_file(kind: str, content: dict) -> str:
+    """A line about something that is no text."""
+    name = content.get("file_name", "")
+    return f"[{kind} {name}".strip() + ": you cannot see it]"
 
 
 class WebhookServer:
@@ -2525,6 +2552,7 @@ class WebhookServer:
         self.connections[writer] = None
         if len(self.connections) > MAX_CONNECTIONS:
             oldest = next(iter(self.connections))
+            del self.connections[oldest]
             oldest.transport.abort()
         try:
             async with asyncio.timeout(MAX_REQUEST_SECONDS):
@@ -2539,14 +2567,14 @@ class WebhookServer:
         except (OSError, EOFError, asyncio.LimitOverrunError):
             pass  # too slow, too long, or gone
         finally:
-            del self.connections[writer]
+            self.connections.pop(writer, None)
             writer.close()
 
     async def answer(self, reader: StreamReader) -> tuple[int, dict]:
         """Read a request. Returns the HTTP status and the JSON object for it."""
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
-        if not request_line.startswith("POST /feishu/events"):
+        if not re.match(r"POST /feishu/events[ ?]", request_line):
             return 404, {}
         headers = message_from_string(lines)
         length = headers.get("Content-Length", "")
@@ -2604,19 +2632,26 @@ class BindingTable:
         self.bindings = []
         self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
-        self.load()
+        try:
+            self.load()
+        except ValueError as error:
+            print(f"[{error}]")
 
     def load(self) -> None:
-        """Read the file. An entry that cannot be used is named and left out."""
-        self.bindings = []
-        self.unusable = []
+        """Read the file. An entry that cannot be used is named and left out.
+
+        Raises ValueError if the file as a whole cannot be used.
+        """
+        bindings = []
+        unusable = []
         for position, entry in enumerate(load_config(self.file, []), 1):
             try:
-                self.bindings.append(self.check(Binding.model_validate(entry)))
+                bindings.append(self.check(Binding.model_validate(entry)))
             except ValueError as error:
-                self.unusable.append(entry)
+                unusable.append(entry)
                 print(f"[bindings.json, entry {position}: {short_reason(error)}]")
-        self.index()
+        self.unusable = unusable
+        self.use(bindings)
 
     def check(self, binding: Binding) -> Binding:
         """The binding. Raises ValueError if it could never apply."""
@@ -2626,11 +2661,13 @@ class BindingTable:
             raise ValueError(f"a binding by {binding.tier()} needs a channel")
         return binding
 
-    def index(self) -> None:
-        """Prepare the look-up of bindings by their match keys."""
-        self.best = {}
-        for binding in sorted(self.bindings, key=Binding.rank):
-            self.best[binding.match_key()] = binding  # the last one, so the highest
+    def use(self, bindings: list[Binding]) -> None:
+        """Take these bindings from now on."""
+        best = {}
+        for binding in sorted(bindings, key=Binding.rank):
+            best[binding.match_key()] = binding  # the last one, so the highest
+        self.bindings = bindings
+        self.best = best  # at once: other threads look things up
 
     def resolve(self, message: InboundMessage) -> Binding | None:
         """The binding for a message: of the first tier that has one, the best.
@@ -2668,8 +2705,7 @@ class BindingTable:
         entries = [binding.model_dump(exclude_defaults=True) for binding in bindings]
         text = json.dumps([*entries, *self.unusable], indent=2, ensure_ascii=False)
         replace_file(self.file, text + "\n")
-        self.bindings = bindings
-        self.index()
+        self.use(bindings)
 
 
 def tier_keys(message: InboundMessage) -> list[list]:
@@ -2680,8 +2716,9 @@ def tier_keys(message: InboundMessage) -> list[list]:
     # A binding of a chat holds for the topics in it, too.
     chats = [message.peer, message.peer.split(":topic:")[0]]
     by_guild = itertools.product([channel], accounts, [""], [message.guild])
+    by_peer = itertools.product([channel], accounts, chats, guilds)
     return [
-        list(itertools.product([channel], accounts, chats, guilds)),
+        list(by_peer) if message.peer else [],
         list(by_guild) if message.guild else [],
         [(channel, message.account, "", "")],
         [(channel, "", "", "")],
@@ -2707,10 +2744,15 @@ class AgentManager:
             "luna": AgentConfig(prompt="You are Luna: warm, and brief."),
             "sage": AgentConfig(prompt="You are Sage. You explain, and name doubts."),
         }
-        for name, entry in load_config(workspace / "agents.json", {}).items():
+        try:
+            entries = load_config(workspace / "agents.json", {})
+        except ValueError as error:
+            print(f"[{error}]")
+            return
+        for name, entry in entries.items():
             try:
                 if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
-                    raise ValueError("the name must be letters a-z, digits, - or _")
+                    raise ValueError("a name has letters a-z, digits, - and _")
                 self.agents[name] = AgentConfig.model_validate(entry)
             except ValueError as error:
                 print(f"[agents.json, {name}: {short_reason(error)}]")
@@ -2721,19 +2763,19 @@ class AgentManager:
 
 
 def load_config(file: Path, default: list | dict) -> list | dict:
-    """What is in a JSON file of the owner, or `default` if there is nothing usable."""
+    """What is in a JSON file of the owner; `default` if there is no file.
+
+    Raises ValueError if it cannot be read, or is no JSON of the kind of `default`.
+    """
     if not file.exists():
         return default
     try:
         value = json.loads(load_text(file).removeprefix("\ufeff"))
-        if not isinstance(value, type(default)):
-            kind = "list" if default == [] else "object"
-            raise ValueError(f"it must be a JSON {kind}")
-        return value
-    except (OSError, ValueError) as error:
-        copy = shutil.copyfile(file, f"{file}.damaged")
-        print(f"[{file.name} is not used: {error}. A copy of it is {copy}]")
-        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be used: {error}") from error
+    if not isinstance(value, type(default)):
+        raise ValueError(f"{file.name} cannot be used: it has to begin as {default}")
+    return value
 
 
 def short_reason(error: ValueError) -> str:
@@ -2742,7 +2784,7 @@ def short_reason(error: ValueError) -> str:
         return str(error)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}"
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def build_session_key(agent_id: str, message: InboundMessage, dm_scope: str) -> str:
@@ -2772,9 +2814,9 @@ def check_config(
 ) -> None:
     """Raise ValueError if a file is off limits. Configuration may only be read."""
     check_path(agent, file, is_write)
-    is_config = file.name.lower() in CONFIG_FILES and file.parent == agent.workspace
-    if is_write and is_config:
-        raise ValueError(f"only the owner may change {file.name}")
+    name = file.relative_to(agent.workspace).parts[0]
+    if is_write and name.lower() in CONFIG_FILES:
+        raise ValueError(f"only the owner may change {name}")
 
 
 # The gateway: a web page, and JSON-RPC 2.0 over a WebSocket
@@ -2818,7 +2860,7 @@ class RpcRequest(BaseModel, strict=True):
     jsonrpc: Literal["2.0"]
     method: str
     params: dict | list = {}
-    id: int | float | str | None = None
+    id: int | str | None = None
 
 
 def rpc_method(name: str) -> Callable:
@@ -2872,7 +2914,7 @@ class GatewayServer(Channel):
         try:
             logging.getLogger("websockets").setLevel(logging.CRITICAL + 1)
             self.token = os.getenv("GATEWAY_TOKEN") or self.load_token()
-            port = int(os.getenv("GATEWAY_PORT") or 8765)
+            port = parse_port(os.getenv("GATEWAY_PORT") or "8765")
             address = self.loop.submit(self.listen(port)).result()
             self.link = f"{address}/#token={quote(self.token)}"
             self.report(f"on, at {address}")
@@ -2884,9 +2926,9 @@ class GatewayServer(Channel):
         """A token that stays the same, so that a link is good after a restart."""
         file = self.app.agent.workspace / ".state" / "gateway-token"
         file.touch(0o600)
-        if not file.read_text("utf-8"):
+        if not file.read_text("utf-8").strip():
             file.write_text(secrets.token_urlsafe(16), "utf-8")
-        return file.read_text("utf-8")
+        return file.read_text("utf-8").strip()
 
     async def listen(self, port: int) -> str:
         """Open the port. Returns the address. Raises OSError if it is taken."""
@@ -2948,8 +2990,10 @@ class GatewayServer(Channel):
             pass
         finally:
             self.clients.discard(client)
-            for watchers in self.watchers.values():
+            for key, watchers in list(self.watchers.items()):
                 watchers.discard(client)
+                if not watchers:
+                    del self.watchers[key]
 
     async def answer_frame(self, client: GatewayConnection, frame: str) -> dict | None:
         """The answer to a frame, as JSON-RPC 2.0 wants it. None for a notification."""
@@ -2976,8 +3020,9 @@ class GatewayServer(Channel):
             raise RpcError(-32601, f"there is no method {request.method[:100]}")
         try:
             if isinstance(request.params, dict):
-                return await method(self, client, **request.params)
-            return await method(self, client, *request.params)
+                given = request.params | {"gateway": self, "client": client}
+                return await method(**given)
+            return await method(*request.params, gateway=self, client=client)
         except RpcError:
             raise
         except ValueError as error:  # pydantic's errors are ValueErrors, too
@@ -3039,7 +3084,7 @@ def parse_frame(frame: str | bytes) -> object:
 def valid_id(data: object) -> object:
     """The id of a request, even of one that is wrong otherwise; None if it has none."""
     value = data.get("id") if isinstance(data, dict) else None
-    is_valid = isinstance(value, int | float | str) and not isinstance(value, bool)
+    is_valid = isinstance(value, int | str) and not isinstance(value, bool)
     return value if is_valid else None
 
 
@@ -3078,44 +3123,49 @@ def serve_file(path: str) -> Response:
 
 @rpc_method("send")
 async def rpc_send(
-    gateway: GatewayServer,
-    client: GatewayConnection,
     text: str,
     peer: str = "",
     id: str = "",
+    *,
+    gateway: GatewayServer,
+    client: GatewayConnection,
 ) -> dict:
     """Take a message; with an id, only once. Its answer comes as events."""
     message = gateway.message_from(client, peer)
     id = id or secrets.token_hex(8)
     if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", id):
         raise ValueError("text must not be empty, and id must be letters and digits")
-    if gateway.app.inbox.count_waiting(message) >= MAX_WAITING:
-        raise RpcError(-32000, "too many messages wait: try again later")
     message.text = text
     message.id = f"web:{client.peer}:{id}"
     binding = gateway.app.bindings.resolve(message)
     key = gateway.app.session_key(message)
     gateway.watch(client, key)
-    await asyncio.to_thread(gateway.receive, message)
+    if not await asyncio.to_thread(gateway.receive, message):
+        raise RpcError(-32000, "too many messages wait: try again later")
     tier = binding.tier() if binding else "default"
     return {"id": message.id, "session": key, "matched_by": tier}
 
 
 @rpc_method("sessions.history")
 async def rpc_history(
-    gateway: GatewayServer,
-    client: GatewayConnection,
     session: str = "",
     peer: str = "",
     limit: int = 200,
+    *,
+    gateway: GatewayServer,
+    client: GatewayConnection,
 ) -> dict:
     """What was said in a session, or in the one of the client. Its events follow."""
     app = gateway.app
     message = gateway.message_from(client, peer)
     key = session or app.session_key(message)
+    if agent_of(key) not in app.agents.agents:
+        raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
     found = await asyncio.to_thread(app.find_session, key)
-    messages = transcript(found or [])
+    messages = []
+    if found is not None:
+        messages = transcript(found)
     known = [message["id"] for message in messages]
     waiting = []  # what is not in the session yet
     for each in app.unanswered():
@@ -3124,15 +3174,15 @@ async def rpc_history(
     return {
         "session": key,
         "agent": agent_of(key),
-        "id": found.path.stem if found else "",
-        "label": found.label if found else "",
-        "messages": messages[-limit:],
+        "id": found.path.stem if found is not None else "",
+        "label": found.label if found is not None else "",
+        "messages": messages[-max(limit, 1) :],
         "running": gateway.running.get(key),
         "waiting": waiting,
     }
 
 
-def transcript(messages: Session | list) -> list[dict]:
+def transcript(messages: Session) -> list[dict]:
     """A conversation as a web page shows it."""
     entries = []
     for message in messages:
@@ -3146,7 +3196,7 @@ def transcript(messages: Session | list) -> list[dict]:
 
 
 @rpc_method("sessions.list")
-async def rpc_sessions(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_sessions(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """What each session key means now, for all agents."""
     entries = []
     for agent_id in gateway.app.agents.agents:
@@ -3162,14 +3212,14 @@ async def rpc_sessions(gateway: GatewayServer, client: GatewayConnection) -> lis
 
 
 @rpc_method("agents.list")
-async def rpc_agents(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_agents(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The agents."""
     agents = gateway.app.agents.agents
     return [{"id": name, **agents[name].model_dump()} for name in agents]
 
 
 @rpc_method("bindings.list")
-async def rpc_bindings(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_bindings(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The bindings, with their tiers."""
     bindings = gateway.app.bindings.bindings
     return [{**each.model_dump(), "tier": each.tier()} for each in bindings]
@@ -3177,7 +3227,7 @@ async def rpc_bindings(gateway: GatewayServer, client: GatewayConnection) -> lis
 
 @rpc_method("bindings.set")
 async def rpc_set_binding(
-    gateway: GatewayServer, client: GatewayConnection, binding: Binding
+    binding: Binding, *, gateway: GatewayServer, client: GatewayConnection
 ) -> dict:
     """Add a binding, or replace the one with the same fields and priority."""
     await asyncio.to_thread(gateway.app.bindings.set, binding)
@@ -3186,7 +3236,7 @@ async def rpc_set_binding(
 
 @rpc_method("bindings.remove")
 async def rpc_remove_binding(
-    gateway: GatewayServer, client: GatewayConnection, binding: Binding
+    binding: Binding, *, gateway: GatewayServer, client: GatewayConnection
 ) -> dict:
     """Remove the binding with the same fields and priority."""
     await asyncio.to_thread(gateway.app.bindings.remove, binding)
@@ -3194,14 +3244,14 @@ async def rpc_remove_binding(
 
 
 @rpc_method("commands.list")
-async def rpc_commands(gateway: GatewayServer, client: GatewayConnection) -> list:
+async def rpc_commands(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The commands that a client may send as a text."""
     entries = [COMMANDS[name] for name in REMOTE_COMMANDS]
     return [{"usage": entry.usage, "about": entry.about} for entry in entries]
 
 
 @rpc_method("status")
-async def rpc_status(gateway: GatewayServer, client: GatewayConnection) -> dict:
+async def rpc_status(*, gateway: GatewayServer, client: GatewayConnection) -> dict:
     """How the program is."""
     return {
         "uptime": round(time.monotonic() - gateway.started),
@@ -3249,8 +3299,6 @@ class GatewayApp(App):
 
     def find_session(self, key: str) -> Session | None:
         """The session of a key, if there is one."""
-        if agent_of(key) not in self.agents.agents:
-            raise ValueError(f"session: there is no agent {agent_of(key)}")
         if key in self.sessions or key in self.store_for(key).read_index():
             agent = replace(self.agent, session_key=key, store=self.store_for(key))
             return self.session_for(agent)
