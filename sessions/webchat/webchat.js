@@ -25,10 +25,13 @@ const state = {
   label: "", // of that session
   agent: "",
   reading: "", // the key of another session while that one is shown
+  ownSession: "", // the key of this chat's session meanwhile
   running: null, // the turn that is being answered
   isAtEnd: true, // whether the log follows what is new
   unread: 0, // answers that came while the page was hidden
   loads: 0, // histories asked for so far
+  recalled: "", // the message that ArrowUp has brought back
+  closedFor: "", // the text that Escape has closed the completions for
   agents: [],
   sessions: [],
   bindings: [],
@@ -160,6 +163,8 @@ class ConnectionLost extends Error {}
 window.addEventListener("unhandledrejection", (event) => {
   if (event.reason instanceof ConnectionLost) {
     event.preventDefault();
+  } else {
+    showNotice(`This did not work: ${event.reason.message}`);
   }
 });
 
@@ -263,11 +268,20 @@ const markdown = new marked.Marked({
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
     },
     // HTML in an answer is shown as it is written, so that no text gets lost.
-    html: ({ text }) => (/^<br\s*\/?>$/i.test(text) ? "<br>" : escapeHtml(text)),
+    html({ text, block }) {
+      if (/^<br\s*\/?>$/i.test(text)) {
+        return "<br>";
+      }
+      const shown = escapeHtml(text.trimEnd()).replaceAll("\n", "<br>");
+      return block ? `<p>${shown}</p>` : shown;
+    },
     // An image would be loaded from a foreign server, so it becomes a link.
-    image: ({ href, text }) =>
-      `<a href="${escapeHtml(href)}">Image: ${escapeHtml(text || href)}</a>`,
-    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
+    image({ href, text }) {
+      return `<a href="${escapeHtml(href)}">Image: ${escapeHtml(text || href)}</a>`;
+    },
+    checkbox({ checked }) {
+      return checked ? "☑ " : "☐ ";
+    },
   },
 });
 
@@ -364,6 +378,8 @@ function addTurn(key, text) {
     isLive: false, // every piece of the answer since its beginning has arrived
     answers: [], // Markdown
     answerElement: null, // where the pieces go that arrive now
+    renderTimer: 0,
+    renderPause: 0, // milliseconds
     openCalls: [], // tool calls without a result
     hasTools: false,
     isStale: false, // the history has it better than it is shown
@@ -380,7 +396,7 @@ function placeBeforeWaiting(element) {
   const waiting = log.querySelector(
     ':scope > [data-state="waiting"], :scope > [data-state="unsent"]',
   );
-  keepPlace(() => log.insertBefore(element, waiting));
+  log.insertBefore(element, waiting);
   byId("empty").hidden = true;
   byId("nothing").hidden = true;
 }
@@ -460,7 +476,7 @@ function timeElement(seconds) {
 function addPart(turn, element) {
   turn.part("answer").hidden = false;
   turn.part("speaker").textContent = speakerOf(turn);
-  keepPlace(() => turn.part("parts").append(element));
+  turn.part("parts").append(element);
 }
 
 function addAnswer(turn, text) {
@@ -487,8 +503,7 @@ function endAnswerPart(turn) {
 }
 
 function renderAnswer(turn) {
-  const fragment = renderMarkdown(turn.answers.at(-1));
-  keepPlace(() => patchChildren(turn.answerElement, fragment));
+  patchChildren(turn.answerElement, renderMarkdown(turn.answers.at(-1)));
 }
 
 // Pieces arrive faster than anybody reads. Rendering may take a fifth of the time.
@@ -503,7 +518,7 @@ function renderSoon(turn) {
       renderAnswer(turn);
     }
     turn.renderPause = Math.max(40, 4 * (performance.now() - start));
-  }, turn.renderPause ?? 0);
+  }, turn.renderPause);
 }
 
 function addToolCall(turn, name, callArguments) {
@@ -610,8 +625,8 @@ async function loadHistory() {
   const which = state.reading ? { session: state.reading } : { peer: state.peer };
   const params = { ...which, limit: HISTORY_LIMIT };
   const history = await call("sessions.history", params);
-  if (load === state.loads) { // nobody has asked for another one meanwhile
-    keepPlace(() => showHistory(history));
+  if (load === state.loads) { // no other one was asked for meanwhile
+    showHistory(history);
   }
 }
 
@@ -762,7 +777,7 @@ function endTurn(event) {
     markFailed(turn);
   }
   finishTurn(turn, Date.now() / 1000);
-  announce(`${state.agent}: ${turn.part("parts").innerText}`);
+  announce(`${speakerOf(turn)}: ${turn.part("parts").innerText}`);
   countUnread();
   // Tool calls are shown shortened while they run; the history has them whole.
   turn.isStale ||= turn.hasTools || !isComplete;
@@ -793,7 +808,8 @@ function showView() {
   byId("nothing").hidden = turns.size > 0 || state.reading === "";
   byId("reading").hidden = !state.reading;
   byId("reading-name").textContent = `${where.name}, agent ${state.agent}`;
-  composer.hidden = Boolean(state.reading);
+  composer.hidden = state.reading !== "";
+  byId("new").hidden = state.reading !== "";
   showTitle();
   showStopButton();
 }
@@ -828,38 +844,43 @@ document.addEventListener("visibilitychange", () => {
   }
 });
 
-// Change the log. It follows its end only if the reader is there.
-function keepPlace(change) {
-  change();
-  if (state.isAtEnd) {
-    scrollToEnd();
-  }
-  showJumpButton();
-}
+// The log follows its end while the reader is there; else it stays where it is.
 
 function scrollToEnd() {
   state.isAtEnd = true;
   scroller.scrollTop = scroller.scrollHeight;
+  byId("jump").hidden = true;
 }
 
-function showJumpButton() {
+function checkPlace() {
+  const rest = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+  state.isAtEnd = rest < NEAR_END;
   byId("jump").hidden = state.isAtEnd;
 }
 
-scroller.addEventListener("scroll", () => {
-  const rest = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-  state.isAtEnd = rest < NEAR_END;
-  showJumpButton();
+scroller.addEventListener("scroll", checkPlace);
+
+const sizes = new ResizeObserver(() => {
+  if (state.isAtEnd) {
+    scrollToEnd();
+  } else {
+    checkPlace();
+  }
+});
+sizes.observe(log);
+sizes.observe(scroller);
+
+// Whoever unfolds a tool call wants to read it, and not what is below it.
+log.addEventListener("click", (event) => {
+  if (event.target.closest("summary")) {
+    state.isAtEnd = false;
+  }
 });
 
 byId("jump").addEventListener("click", () => {
   scrollToEnd();
-  showJumpButton();
   textField.focus();
 });
-
-// The composer and the window change the height of the log.
-new ResizeObserver(() => keepPlace(() => {})).observe(scroller);
 
 // A screen reader gets whole messages, not each piece of a stream.
 function announce(text) {
@@ -871,6 +892,7 @@ let noticeTimer = 0;
 function showNotice(text, actionName, action) {
   const notice = byId("notice");
   notice.replaceChildren(text);
+  announce(text);
   if (action) {
     const button = make("button", "text-button", actionName);
     button.type = "button";
@@ -946,7 +968,7 @@ function showOutbox() {
     const turn = findOrAddTurn(outboxKey(entry), entry.text);
     if (["", "unsent"].includes(turn.state)) {
       setTurnState(turn, "unsent");
-      keepPlace(() => log.append(turn.element));
+      log.append(turn.element);
     }
   }
 }
@@ -1013,6 +1035,10 @@ function showStopButton() {
 }
 
 byId("stop").addEventListener("click", () => say("/stop"));
+byId("new").addEventListener("click", () => {
+  say("/new");
+  textField.focus();
+});
 
 composer.addEventListener("submit", (event) => {
   event.preventDefault();
