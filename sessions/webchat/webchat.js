@@ -646,8 +646,11 @@ function showHistory(history) {
   }
   for (const message of history.waiting) {
     const turn = findOrAddTurn(messageKey(message), message.text);
-    log.append(turn.element);
-    setTurnState(turn, "waiting");
+    const hasBegun = turn.isLive || turn.state === "done"; // events are faster
+    if (!hasBegun) {
+      log.append(turn.element);
+      setTurnState(turn, "waiting");
+    }
   }
   const running = turns.get(history.running);
   if (running && !running.isLive) {
@@ -846,15 +849,23 @@ document.addEventListener("visibilitychange", () => {
 
 // The log follows its end while the reader is there; else it stays where it is.
 
+let lastTop = 0; // where the log was at the last look
+
 function scrollToEnd() {
-  state.isAtEnd = true;
   scroller.scrollTop = scroller.scrollHeight;
-  byId("jump").hidden = true;
+  checkPlace();
 }
 
+// Only a reader moves the log up. (New text also leaves the end behind for a moment.)
 function checkPlace() {
-  const rest = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-  state.isAtEnd = rest < NEAR_END;
+  const top = scroller.scrollTop;
+  const rest = scroller.scrollHeight - top - scroller.clientHeight;
+  if (rest < NEAR_END) {
+    state.isAtEnd = true;
+  } else if (top < lastTop) {
+    state.isAtEnd = false;
+  }
+  lastTop = top;
   byId("jump").hidden = state.isAtEnd;
 }
 
@@ -1387,7 +1398,10 @@ byId("agents").addEventListener("click", (event) => {
   }
 });
 
-byId("unbind").addEventListener("click", () => removeBinding(bindingOf(TIERS[0])));
+byId("unbind").addEventListener("click", async () => {
+  await removeBinding(bindingOf(TIERS[0]));
+  byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button is gone
+});
 
 byId("bindings").addEventListener("click", (event) => {
   const button = event.target.closest("button");
