@@ -1371,7 +1371,8 @@ class InboundMessage:
     account: str  # which bot of ours has received it
     peer: str  # the chat, where the answer goes
     text: str
-    id: str = ""  # the platform's: a message that comes again has the same
+    # The platform's: a message that comes again has the same.
+    id: str = field(default_factory=lambda: uuid4().hex)
     sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
     guild: str = ""  # the company or server that a chat belongs to
@@ -1822,6 +1823,8 @@ class App:
 
     def close(self, seconds: float) -> None:
         """Give answers some seconds to be sent, then kill the commands that run."""
+        self.agent.approval.mode = "never"  # no command begins from now on
+        self.remote_approval.mode = "never"
         self.outbox.close(seconds)
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
@@ -1969,8 +1972,7 @@ class App:
 
     def handle_line(self, line: str) -> None:
         """Answer a line that the person at the terminal has typed."""
-        message = InboundMessage("terminal", "default", "", line, uuid4().hex)
-        message.received = time.time()
+        message = InboundMessage("terminal", "default", "", line, received=time.time())
         self.terminal.leave_prompt()
         try:
             if line.startswith("/"):
