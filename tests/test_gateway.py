@@ -966,11 +966,9 @@ def test_each_answer_is_in_the_history_or_in_what_follows(gateway: Gateway):
         waiting = [message["text"] for message in found["waiting"]]
         asked = [*texts, *waiting, *late.told("turn.begin", "text")]
         assert f"text {number}" in asked, found
-        answered = late.told("turn.end", "text")
-        if found["running"] != sent["id"]:
-            assert [*texts, *answered].count(f"heard text {number}") == 1, found
-        else:
-            assert answered == [f"heard text {number}"]
+        ended = late.told("turn.end", "id")
+        assert f"heard text {number}" in texts or sent["id"] in ended, found
+        assert len(ended) <= 1, "with the id, so that nobody takes it for a second one"
         late.leave()
 
 

@@ -69,10 +69,11 @@ def fits(binding: dict, message: dict) -> bool:
 
 
 def rank(binding: dict) -> tuple:
-    """What decides between two that fit: tier, priority, number of fields."""
+    """What decides between two that fit, the greatest: the narrowest tier, then ..."""
     given = [name for name in TIERS if binding[name]]
     tier = TIERS.index(given[0]) if given else len(TIERS)
-    return -tier, binding["priority"], len(given)
+    is_topic = ":topic:" in binding["peer"]
+    return -tier, binding["priority"], is_topic, len(given)
 
 
 def is_possible(binding: dict) -> bool:
