@@ -253,6 +253,12 @@ class FakeFeishu:
         """Carry calls out at once, but answer late."""
         self._faults.append(Fault(part, times, True, seconds=seconds))
 
+    def mend(self) -> None:
+        """Nothing more goes wrong."""
+        with self._changed:
+            self._faults.clear()
+            self._limits.clear()
+
     # --- the open API ---
 
     def began(self, call: Call) -> Fault | None:
