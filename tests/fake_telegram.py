@@ -929,6 +929,7 @@ def main() -> int:
             f"fake_telegram.py: port {port}: {error}; choose another", file=sys.stderr
         )
         return 1
+    fake.know(42)  # they may have written to the bot in the last run
     # a bot that knows the last run must not take this one for it
     first = int(time.time())
     fake._update_ids, fake._message_ids = itertools.count(first), itertools.count(first)
