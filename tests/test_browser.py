@@ -23,7 +23,10 @@ from harness import since
 needs_chromium = pytest.mark.skipif(not find(), reason="needs Chromium")
 WEBCHAT = harness.REPO / "sessions" / "webchat"
 LINK = re.compile(r"(http://127\.0\.0\.1:\d+/)#token=(\S+)")
-CONNECTED = "document.querySelector('#connection').dataset.state === 'connected'"
+CONNECTED = (  # and what was said before is loaded
+    "document.querySelector('#connection').dataset.state === 'connected'"
+    " && document.querySelector('#subtitle').textContent"
+)
 STOP = "document.querySelector('#stop').checkVisibility()"
 IDLE = "!document.querySelector('.turn:not([data-state=done])')"
 WORKING = "document.querySelector('.turn[data-state=running]')"

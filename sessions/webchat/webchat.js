@@ -111,6 +111,7 @@ async function onConnected() {
   // Requests are answered in order, so the history knows of what is sent before it.
   sendOutbox();
   state.commands = await call("commands.list");
+  showCompletions();
   await loadHistory();
   await refreshPanel();
 }
