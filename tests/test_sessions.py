@@ -183,6 +183,11 @@ def next_is_accepted(module, session) -> None:
     """The strictest server would take the next question."""
     messages = module.repair_history(list(session))
     assert messages == list(session), "what is wrong was repaired when it was opened"
+    # A request leaves out what only the log keeps, such as the id of a message.
+    messages = [
+        {name: message[name] for name in message if name != "extras"}
+        for message in messages
+    ]
     if messages and messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": "x"})
     check_request({"messages": [*messages, {"role": "user", "content": "next"}]})
@@ -268,14 +273,18 @@ def test_help_lists_every_command(desk: Desk):
     printed = desk.run("/help")
     table = printed[printed.index("you> ") :]
     usages = ["/new [label]", "/list", "/switch <id>", "/context", "/compact", "/help"]
+    commands = desk.section.module.COMMANDS.values()
+    assert [command.usage for command in commands][: len(usages)] == usages
     columns = set()
-    for usage in usages:
+    for usage in [command.usage for command in commands]:
         line = re.search(rf"^(?:you> )?{re.escape(usage)} +(?=\w)", table, re.M)
         assert line, usage
         columns.add(len(line[0].removeprefix("you> ")))
     assert len(columns) == 1, "the columns are straight"
-    for command in desk.section.module.COMMANDS.values():
-        assert command.usage in usages and command.about in printed
+    for command in commands:
+        assert command.about in printed
+    if desk.section.label == "s03":
+        assert len(commands) == len(usages)
 
 
 @since("s03")
@@ -720,6 +729,10 @@ FULL = re.compile(r"^\[.*(disk is full|No space|too large).*\]$", re.M)
 def test_a_full_disk(desk: Desk, room: int):
     """When a file cannot grow, a line says so, and nothing answered is lost."""
     desk.run("say one", "tools")
+    # From s04 on, no program starts without some room for its database.
+    padding = '{"type": "window", "model": "another", "tokens": 9999}\n' * 2000
+    with open(desk.file, "a", encoding="utf-8") as log:
+        log.write(padding)
     before = desk.remembered()
     size = desk.file.stat().st_size
     with desk.screen(fsize=size + room) as screen:

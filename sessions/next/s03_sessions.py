@@ -1096,8 +1096,8 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            # A damaged header names no key: show it to all rather than lose it.
-            if read_header(path).get("key", key) == key:
+            # A damaged header names no key: show it to the owner rather than lose it.
+            if read_header(path).get("key", "agent:main:main") == key:
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 

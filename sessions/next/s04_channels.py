@@ -64,7 +64,7 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import asdict
 from email import message_from_string
-from email.message import Message
+from email.message import Message as HttpHeaders
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import NoReturn
@@ -1123,8 +1123,8 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            # A damaged header names no key: show it to all rather than lose it.
-            if read_header(path).get("key", key) == key:
+            # A damaged header names no key: show it to the owner rather than lose it.
+            if read_header(path).get("key", "agent:main:main") == key:
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 
@@ -1340,7 +1340,7 @@ def error_text(error: openai.OpenAIError) -> str:
 
 # Part 1: the inbox, channels, and the App
 
-REMEMBER_SECONDS = 24 * 3600  # platforms give up before they bring a message again
+REMEMBER_SECONDS = 24 * 3600  # after that, no platform brings a message again
 MAX_WAITING = 100  # messages of one chat
 SESSION_COMMANDS = ["/new", "/list", "/switch", "/context", "/compact"]
 REMOTE_COMMANDS = [*SESSION_COMMANDS]  # what people may use on all channels
@@ -1355,7 +1355,7 @@ class InboundMessage:
     peer: str  # the chat, where the answer goes
     text: str
     id: str = ""  # the platform's: a message that comes again has the same
-    sender: str = ""  # the name of who said it
+    sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
     guild: str = ""  # the company or server that a chat belongs to
     context: str = ""  # what it replies to, quotes, forwards, or brings along
@@ -1375,7 +1375,7 @@ class InboundMessage:
 
 
 class Database:
-    """An SQLite file for what has to be worked off, such as messages to answer."""
+    """An SQLite file that remembers what has to be done, such as messages to answer."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(0o700, exist_ok=True)
@@ -1411,7 +1411,7 @@ class Inbox:
             "SELECT message, answer FROM inbox WHERE done IS NULL ORDER BY number"
         )
         for record, answer in rows:
-            self.add(InboundMessage(**json.loads(record), answer=answer))
+            self.add_or_join(InboundMessage(**json.loads(record), answer=answer))
 
     def put(self, message: InboundMessage) -> None:
         """Take a message, unless it has come before. It is on disk when this returns.
@@ -1430,10 +1430,10 @@ class Inbox:
                 to_record(message),
             )
             if is_new:
-                self.add(message)
+                self.add_or_join(message)
                 self.changed.notify()
 
-    def add(self, message: InboundMessage) -> None:
+    def add_or_join(self, message: InboundMessage) -> None:
         """Put a message in line, or join it with the one that it is a part of."""
         whole = self.find_beginning(message)
         if not whole:
@@ -1447,11 +1447,13 @@ class Inbox:
 
     def find_beginning(self, message: InboundMessage) -> InboundMessage | None:
         """The waiting message that a new one is a part of, if there is one."""
-        for whole in self.waiting:
-            is_in_time = message.received <= whole.received + whole.expects_more
-            is_same_sender = message.sender == whole.sender
-            if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
-                return whole
+        with self.changed:
+            for whole in self.waiting:
+                seconds = message.received - whole.received
+                is_in_time = 0 <= seconds < whole.expects_more
+                is_same_sender = message.sender == whole.sender
+                if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
+                    return whole
         return None
 
     def take(self) -> InboundMessage:
@@ -1461,9 +1463,10 @@ class Inbox:
                 self.changed.wait_for(lambda: self.waiting)
                 message = self.waiting[0]
                 seconds = message.received + message.expects_more - time.time()
-                if seconds <= 0:
+                # It is more than expected if somebody has set the clock back.
+                if not 0 < seconds <= message.expects_more:
                     return self.waiting.pop(0)
-                self.changed.wait(min(seconds, message.expects_more))
+                self.changed.wait(seconds)
 
     def set_answer(self, message: InboundMessage, answer: str) -> None:
         """Keep the answer to a message until it is sent."""
@@ -1482,7 +1485,8 @@ class Inbox:
 
     def count_waiting(self, message: InboundMessage) -> int:
         """How many messages of the same chat wait."""
-        chats = [chat_of(other) for other in self.waiting]
+        with self.changed:
+            chats = [chat_of(other) for other in self.waiting]
         return chats.count(chat_of(message))
 
 
@@ -1496,6 +1500,11 @@ def to_record(message: InboundMessage) -> str:
 def chat_of(message: InboundMessage) -> tuple:
     """What identifies the chat that a message was written in."""
     return message.channel, message.account, message.peer
+
+
+def without_topic(peer: str) -> str:
+    """The chat alone: a topic in it, such as in a forum, is <chat>:topic:<number>."""
+    return peer.split(":topic:")[0]
 
 
 # Channels: one way for all to receive, send, and say how they are
@@ -1542,7 +1551,7 @@ class Channel:
         self.app = app
         self.account = account
         self.status = "starting"
-        self.logged = set()  # what log_once has said
+        self.logged = set()  # the subjects of log_once
 
     def __str__(self) -> str:
         return self.name if self.account == "default" else f"{self.name} {self.account}"
@@ -1568,8 +1577,8 @@ class Channel:
 
     def allows(self, message: InboundMessage) -> bool:
         """Whether the people of a chat may talk to the agent. Nobody by default."""
-        chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
-        return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
+        allowed = self.setting("ALLOWED_CHATS").replace(",", " ").split()
+        return without_topic(message.peer) in allowed
 
     def receive(self, message: InboundMessage) -> bool:
         """Take what a person has said: then it is on disk. Returns whether it is taken.
@@ -1580,7 +1589,8 @@ class Channel:
         message.sender = replace_surrogates(message.sender)
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
-            self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
+            chat = without_topic(message.peer)
+            self.log_once(chat, f"{chat} ({message.sender}) is not in ALLOWED_CHATS")
             return False
         if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
@@ -1589,24 +1599,27 @@ class Channel:
         return True
 
     def log(self, text: str) -> None:
-        """Say something at the terminal, without the secret of the account."""
-        secret = self.setting(self.secret_setting)
-        if secret:
-            text = text.replace(secret, "***")
-        line = " ".join(text.split())[:300]
+        """Say something at the terminal, in one line."""
+        line = " ".join(self.mask_secret(text).split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
-    def log_once(self, text: str) -> None:
-        """Say something at the terminal that strangers could cause again and again."""
-        if text not in self.logged:
-            self.logged.add(text)
+    def log_once(self, subject: str, text: str) -> None:
+        """Say something that strangers could cause again and again: once a subject."""
+        if subject not in self.logged:
+            self.logged.add(subject)
             self.log(text)
 
     def report(self, status: str) -> None:
         """Note how the channel is, and say so at the terminal if it has changed."""
+        status = self.mask_secret(status)
         if status != self.status:
             self.log(status)
         self.status = status
+
+    def mask_secret(self, text: str) -> str:
+        """The text without the secret of the account: errors may contain it."""
+        secret = self.setting(self.secret_setting)
+        return text.replace(secret, "***") if secret else text
 
     def run(self) -> None:
         """Start, again and again while that fails for a time. Runs in a thread."""
@@ -1680,21 +1693,21 @@ class Outbox:
         chat = chat_of(message)
         if chat not in self.queues:
             self.queues[chat] = queue.Queue()
-            threading.Thread(target=self.work, args=[chat], daemon=True).start()
+            threading.Thread(target=self.send_answers, args=[chat], daemon=True).start()
         self.queues[chat].put(replace(message, answer=answer))
 
-    def work(self, chat: tuple) -> None:
-        """Send what there is for a chat. Runs in a thread."""
-        waiting = self.queues[chat]
+    def send_answers(self, chat: tuple) -> None:
+        """Send what there is for a chat. Runs in a thread of this chat."""
+        answers = self.queues[chat]
         while True:
-            message = waiting.get()
+            message = answers.get()
             channel = self.app.channels[message.channel, message.account]
             try:
                 self.send(channel, message)
                 self.app.inbox.done(message)
             except Exception as error:  # the answer stays in the inbox
                 channel.log(f"not sent to {message.peer}: {error}")
-            waiting.task_done()
+            answers.task_done()
 
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
@@ -1712,8 +1725,8 @@ class Outbox:
     def close(self, seconds: float) -> None:
         """Give the answers that are on their way some time to arrive."""
         deadline = time.monotonic() + seconds
-        for waiting in list(self.queues.values()):
-            while waiting.unfinished_tasks and time.monotonic() < deadline:
+        for answers in list(self.queues.values()):
+            while answers.unfinished_tasks and time.monotonic() < deadline:
                 time.sleep(0.01)
 
 
@@ -1723,10 +1736,11 @@ def split_text(text: str, limit: int) -> list[str]:
     while len(text) > limit:
         newline = text.rfind("\n", limit // 2, limit)
         blank = text.rfind(" ", limit // 2, limit)
-        cut = max(newline, blank) + 1 or limit
+        cut = newline + 1 or blank + 1 or limit  # they are -1 if there is none
         parts.append(text[:cut])
         text = text[cut:]
-    return [*parts, text]
+    parts.append(text)
+    return [part for part in parts if part.strip()]  # platforms refuse blank texts
 
 
 CHANNELS = []  # the classes of channels that can be configured
@@ -1787,19 +1801,19 @@ class App:
         """Start the channels, and the thread that works off the inbox."""
         for channel in self.channels.values():
             threading.Thread(target=channel.run, daemon=True).start()
-        threading.Thread(target=self.work, daemon=True).start()
+        threading.Thread(target=self.take_messages, daemon=True).start()
 
     def close(self, seconds: float) -> None:
-        """End what runs. It has some seconds for that."""
+        """Give answers some seconds to be sent, then kill the commands that run."""
+        self.outbox.close(seconds)
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
                 kill_command(thing)
-        self.outbox.close(seconds)
 
     # A message from the inbox
 
-    def work(self) -> None:
-        """Send one message after the other on its way. Runs in a thread."""
+    def take_messages(self) -> None:
+        """Take one message after the other from the inbox. Runs in a thread."""
         while True:
             try:
                 self.dispatch(self.inbox.take())
@@ -1812,12 +1826,12 @@ class App:
         self.process(message)
 
     def process(self, message: InboundMessage) -> None:
-        """Answer a message. If that fails, it stays in the inbox until a restart."""
+        """Answer a message. If the disk does not allow it, it waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
             return  # until the settings are as before, and the program is started again
         try:
-            if not self.needs_turn(message):
+            if self.finish_without_turn(message):
                 return
             channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
@@ -1826,18 +1840,19 @@ class App:
         except Exception as error:  # such as a full disk
             channel.log(f"not answered: {explain(error)}")
 
-    def needs_turn(self, message: InboundMessage) -> bool:
-        """Whether the model has to work. If not, what is to be done is done here."""
+    def finish_without_turn(self, message: InboundMessage) -> bool:
+        """Do what needs no model. Returns whether nothing is left to do then."""
         if message.answer is None:
-            return True
+            return False
         self.outbox.put(message, message.answer)  # the program ended before it was sent
-        return False
+        return True
 
     @contextmanager
     def exclusive(self, message: InboundMessage) -> Iterator[None]:
         """Hold what a turn needs for itself: until s10, turns run one at a time.
 
-        Who waits holds `next_turn`, so that nobody who comes later is faster.
+        The second lock makes it fair: a thread that has just had a turn cannot get the
+        next one before the thread that waits.
         """
         with self.next_turn:
             self.turn.acquire()
@@ -1867,7 +1882,7 @@ class App:
         agent.show = show
         self.begin_turn(agent, message)
         answer = self.respond(agent, message) or "\n".join(notes)
-        self.sessions[agent.session_key] = agent.messages  # /new has changed it
+        self.sessions[agent.session_key] = agent.messages  # another one after /new
         self.waiting_for.pop(agent.session_key, None)
         self.end_turn(agent, message, answer)
         return answer
@@ -1878,7 +1893,7 @@ class App:
     def show_piece(
         self, agent: Agent, message: InboundMessage, text: str, kind: str
     ) -> None:
-        """What others see of a turn's text, as it arrives."""
+        """What others see of a turn's text as it arrives. On channels: nothing."""
         if message.channel == self.terminal.name:
             self.agent.show(text, kind)
 
@@ -1946,7 +1961,9 @@ class App:
                 with self.exclusive(message):
                     self.run_turn(message)
                 print()
-        except (KeyboardInterrupt, OSError, sqlite3.Error) as error:
+        except KeyboardInterrupt:  # while somebody else had the turn
+            print("[stopped]")
+        except (OSError, sqlite3.Error) as error:
             print(f"[{explain(error)}]")
         self.terminal.show_prompt()
 
@@ -2010,7 +2027,11 @@ def open_app(kind: type[App], agent: Agent) -> App:
     try:
         return kind(agent)
     except (OSError, sqlite3.Error) as error:
-        sys.exit(f"{agent.workspace / '.state'} cannot be used: {error}")
+        folder = agent.workspace / ".state"
+        sys.exit(
+            f"{folder} cannot be used: {error}. Is the disk full? If not, move the"
+            " folder away: then a new one is made"
+        )
 
 
 # Part 2: Telegram
@@ -2068,6 +2089,7 @@ class TelegramChannel(Channel):
                 allowed_updates=["message"],
                 error_callback=lambda error: self.report(f"{error}; trying again"),
             )
+            self.report(f"on, as @{self.bot.username}")
         except self.telegram.error.TelegramError as error:
             raise self.channel_error(error) from None
 
@@ -2103,7 +2125,7 @@ class TelegramChannel(Channel):
             account=self.account,
             peer=str(message.chat.id),
             text=self.mention.sub("", text).strip(),
-            received=time.time(),
+            received=time.time(),  # for find_beginning, below
             id=f"telegram:{self.bot.id}:{message.chat.id}:{message.message_id}",
             sender=name_of(message),
             is_group=message.chat.type != "private",
@@ -2350,7 +2372,7 @@ class FeishuChannel(Channel):
     def request(self, method: str, path: str, body: dict | None) -> tuple:
         """One request to the API: its response, and the JSON object in that."""
         headers = {}
-        if path != TOKEN_PATH:
+        if path != TOKEN_PATH:  # this request gets the token, and so it has none
             headers["Authorization"] = f"Bearer {self.valid_token()}"
         try:
             response = self.http.request(method, path, json=body, headers=headers)
@@ -2380,7 +2402,7 @@ class FeishuChannel(Channel):
 
     # Receiving
 
-    def take_request(self, headers: Message, body: bytes) -> tuple[int, dict]:
+    def handle_event(self, headers: HttpHeaders, body: bytes) -> tuple[int, dict]:
         """The answer to a POST request: an HTTP status and a JSON object."""
         try:
             event = self.verify_event(headers, body)
@@ -2391,16 +2413,17 @@ class FeishuChannel(Channel):
                 self.receive(message)
             return 200, {}
         except PermissionError as error:
-            self.log_once(f"an event was refused: {error}")
+            self.log_once(str(error), f"an event was refused: {error}")
             return 401, {}
         except sqlite3.Error as error:
             self.log(f"a message could not be stored: {error}")
             return 500, {}  # then Feishu brings it again
         except Exception as error:  # it is not as Feishu writes events
-            self.log_once(f"an event was refused: {type(error).__name__}")
+            kind = type(error).__name__
+            self.log_once(kind, f"an event was refused, its form is wrong: {kind}")
             return 400, {}
 
-    def verify_event(self, headers: Message, body: bytes) -> dict:
+    def verify_event(self, headers: HttpHeaders, body: bytes) -> dict:
         """The event in a request. Raises PermissionError unless Feishu has sent it."""
         event = RECORD.validate_json(body)
         secret = self.setting("ENCRYPT_KEY")
@@ -2471,7 +2494,7 @@ def decrypt(secret: str, text: str) -> bytes:
     return unpadder.update(padded) + unpadder.finalize()
 
 
-def check_signature(headers: Message, body: bytes, secret: str) -> None:
+def check_signature(headers: HttpHeaders, body: bytes, secret: str) -> None:
     """Raise PermissionError unless Feishu has signed a request within the last hour."""
     timestamp = headers.get("X-Lark-Request-Timestamp", "")
     nonce = headers.get("X-Lark-Request-Nonce", "")
@@ -2539,7 +2562,7 @@ class WebhookServer:
             oldest.transport.abort()
         try:
             async with asyncio.timeout(MAX_REQUEST_SECONDS):
-                status, answer = await self.answer(reader)
+                status, answer = await self.handle_request(reader)
                 body = json.dumps(answer)
                 writer.write(
                     f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -2548,12 +2571,12 @@ class WebhookServer:
                 )
                 await writer.drain()
         except (OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # too slow, too long, or gone
+            pass  # too slow (TimeoutError is an OSError), too long, or gone
         finally:
             self.connections.pop(writer, None)
             writer.close()
 
-    async def answer(self, reader: StreamReader) -> tuple[int, dict]:
+    async def handle_request(self, reader: StreamReader) -> tuple[int, dict]:
         """Read a request. Returns the HTTP status and the JSON object for it."""
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
@@ -2564,7 +2587,7 @@ class WebhookServer:
         if not re.fullmatch("[0-9]{1,6}", length):  # no event has a million bytes
             return 413, {}
         body = await reader.readexactly(int(length))
-        return await asyncio.to_thread(self.channel.take_request, headers, body)
+        return await asyncio.to_thread(self.channel.handle_event, headers, body)
 
 
 CHANNELS.append(FeishuChannel)
@@ -2599,16 +2622,6 @@ def talk(on_line: Callable) -> None:
             return
         if line.strip():
             on_line(line)
-
-
-def handle_line(agent: Agent, line: str) -> None:
-    """Answer a line that the person has typed, or run the command in it."""
-    if line.startswith("/"):
-        run_slash_command(agent, line)
-        return
-    print("agent> ", end="", flush=True)
-    handle_message(agent, line)
-    print()
 
 
 def main() -> None:

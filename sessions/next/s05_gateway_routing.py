@@ -66,7 +66,7 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import asdict
 from email import message_from_string
-from email.message import Message
+from email.message import Message as HttpHeaders
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import NoReturn
@@ -1140,8 +1140,8 @@ class SessionStore:
         """The logs of the sessions of a key, the one used last first."""
         found = []
         for path in self.folder.glob("*.jsonl"):
-            # A damaged header names no key: show it to all rather than lose it.
-            if read_header(path).get("key", key) == key:
+            # A damaged header names no key: show it to the owner rather than lose it.
+            if read_header(path).get("key", "agent:main:main") == key:
                 found.append(path)
         return sorted(found, key=os.path.getmtime, reverse=True)
 
@@ -1357,7 +1357,7 @@ def error_text(error: openai.OpenAIError) -> str:
 
 # Part 1: the inbox, channels, and the App
 
-REMEMBER_SECONDS = 24 * 3600  # platforms give up before they bring a message again
+REMEMBER_SECONDS = 24 * 3600  # after that, no platform brings a message again
 MAX_WAITING = 100  # messages of one chat
 SESSION_COMMANDS = ["/new", "/list", "/switch", "/context", "/compact"]
 REMOTE_COMMANDS = [*SESSION_COMMANDS]  # what people may use on all channels
@@ -1372,7 +1372,7 @@ class InboundMessage:
     peer: str  # the chat, where the answer goes
     text: str
     id: str = ""  # the platform's: a message that comes again has the same
-    sender: str = ""  # the name of who said it
+    sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
     guild: str = ""  # the company or server that a chat belongs to
     context: str = ""  # what it replies to, quotes, forwards, or brings along
@@ -1392,7 +1392,7 @@ class InboundMessage:
 
 
 class Database:
-    """An SQLite file for what has to be worked off, such as messages to answer."""
+    """An SQLite file that remembers what has to be done, such as messages to answer."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(0o700, exist_ok=True)
@@ -1428,7 +1428,7 @@ class Inbox:
             "SELECT message, answer FROM inbox WHERE done IS NULL ORDER BY number"
         )
         for record, answer in rows:
-            self.add(InboundMessage(**json.loads(record), answer=answer))
+            self.add_or_join(InboundMessage(**json.loads(record), answer=answer))
 
     def put(self, message: InboundMessage) -> None:
         """Take a message, unless it has come before. It is on disk when this returns.
@@ -1447,10 +1447,10 @@ class Inbox:
                 to_record(message),
             )
             if is_new:
-                self.add(message)
+                self.add_or_join(message)
                 self.changed.notify()
 
-    def add(self, message: InboundMessage) -> None:
+    def add_or_join(self, message: InboundMessage) -> None:
         """Put a message in line, or join it with the one that it is a part of."""
         whole = self.find_beginning(message)
         if not whole:
@@ -1464,11 +1464,13 @@ class Inbox:
 
     def find_beginning(self, message: InboundMessage) -> InboundMessage | None:
         """The waiting message that a new one is a part of, if there is one."""
-        for whole in self.waiting:
-            is_in_time = message.received <= whole.received + whole.expects_more
-            is_same_sender = message.sender == whole.sender
-            if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
-                return whole
+        with self.changed:
+            for whole in self.waiting:
+                seconds = message.received - whole.received
+                is_in_time = 0 <= seconds < whole.expects_more
+                is_same_sender = message.sender == whole.sender
+                if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
+                    return whole
         return None
 
     def take(self) -> InboundMessage:
@@ -1478,9 +1480,10 @@ class Inbox:
                 self.changed.wait_for(lambda: self.waiting)
                 message = self.waiting[0]
                 seconds = message.received + message.expects_more - time.time()
-                if seconds <= 0:
+                # It is more than expected if somebody has set the clock back.
+                if not 0 < seconds <= message.expects_more:
                     return self.waiting.pop(0)
-                self.changed.wait(min(seconds, message.expects_more))
+                self.changed.wait(seconds)
 
     def set_answer(self, message: InboundMessage, answer: str) -> None:
         """Keep the answer to a message until it is sent."""
@@ -1499,7 +1502,8 @@ class Inbox:
 
     def count_waiting(self, message: InboundMessage) -> int:
         """How many messages of the same chat wait."""
-        chats = [chat_of(other) for other in self.waiting]
+        with self.changed:
+            chats = [chat_of(other) for other in self.waiting]
         return chats.count(chat_of(message))
 
 
@@ -1513,6 +1517,11 @@ def to_record(message: InboundMessage) -> str:
 def chat_of(message: InboundMessage) -> tuple:
     """What identifies the chat that a message was written in."""
     return message.channel, message.account, message.peer
+
+
+def without_topic(peer: str) -> str:
+    """The chat alone: a topic in it, such as in a forum, is <chat>:topic:<number>."""
+    return peer.split(":topic:")[0]
 
 
 # Channels: one way for all to receive, send, and say how they are
@@ -1559,7 +1568,7 @@ class Channel:
         self.app = app
         self.account = account
         self.status = "starting"
-        self.logged = set()  # what log_once has said
+        self.logged = set()  # the subjects of log_once
 
     def __str__(self) -> str:
         return self.name if self.account == "default" else f"{self.name} {self.account}"
@@ -1585,8 +1594,8 @@ class Channel:
 
     def allows(self, message: InboundMessage) -> bool:
         """Whether the people of a chat may talk to the agent. Nobody by default."""
-        chat = message.peer.split(":")[0]  # a topic of a forum is "chat:topic:number"
-        return chat in self.setting("ALLOWED_CHATS").replace(",", " ").split()
+        allowed = self.setting("ALLOWED_CHATS").replace(",", " ").split()
+        return without_topic(message.peer) in allowed
 
     def receive(self, message: InboundMessage) -> bool:
         """Take what a person has said: then it is on disk. Returns whether it is taken.
@@ -1597,7 +1606,8 @@ class Channel:
         message.sender = replace_surrogates(message.sender)
         message.context = replace_surrogates(message.context)
         if not self.allows(message):
-            self.log_once(f"{message.peer} ({message.sender}) is not in ALLOWED_CHATS")
+            chat = without_topic(message.peer)
+            self.log_once(chat, f"{chat} ({message.sender}) is not in ALLOWED_CHATS")
             return False
         if self.app.inbox.count_waiting(message) >= MAX_WAITING:
             self.log(f"{message.peer}: too many messages wait, so one is left out")
@@ -1606,24 +1616,27 @@ class Channel:
         return True
 
     def log(self, text: str) -> None:
-        """Say something at the terminal, without the secret of the account."""
-        secret = self.setting(self.secret_setting)
-        if secret:
-            text = text.replace(secret, "***")
-        line = " ".join(text.split())[:300]
+        """Say something at the terminal, in one line."""
+        line = " ".join(self.mask_secret(text).split())[:300]
         self.app.terminal.send("", f"[{self}] {line}")
 
-    def log_once(self, text: str) -> None:
-        """Say something at the terminal that strangers could cause again and again."""
-        if text not in self.logged:
-            self.logged.add(text)
+    def log_once(self, subject: str, text: str) -> None:
+        """Say something that strangers could cause again and again: once a subject."""
+        if subject not in self.logged:
+            self.logged.add(subject)
             self.log(text)
 
     def report(self, status: str) -> None:
         """Note how the channel is, and say so at the terminal if it has changed."""
+        status = self.mask_secret(status)
         if status != self.status:
             self.log(status)
         self.status = status
+
+    def mask_secret(self, text: str) -> str:
+        """The text without the secret of the account: errors may contain it."""
+        secret = self.setting(self.secret_setting)
+        return text.replace(secret, "***") if secret else text
 
     def run(self) -> None:
         """Start, again and again while that fails for a time. Runs in a thread."""
@@ -1697,21 +1710,21 @@ class Outbox:
         chat = chat_of(message)
         if chat not in self.queues:
             self.queues[chat] = queue.Queue()
-            threading.Thread(target=self.work, args=[chat], daemon=True).start()
+            threading.Thread(target=self.send_answers, args=[chat], daemon=True).start()
         self.queues[chat].put(replace(message, answer=answer))
 
-    def work(self, chat: tuple) -> None:
-        """Send what there is for a chat. Runs in a thread."""
-        waiting = self.queues[chat]
+    def send_answers(self, chat: tuple) -> None:
+        """Send what there is for a chat. Runs in a thread of this chat."""
+        answers = self.queues[chat]
         while True:
-            message = waiting.get()
+            message = answers.get()
             channel = self.app.channels[message.channel, message.account]
             try:
                 self.send(channel, message)
                 self.app.inbox.done(message)
             except Exception as error:  # the answer stays in the inbox
                 channel.log(f"not sent to {message.peer}: {error}")
-            waiting.task_done()
+            answers.task_done()
 
     def send(self, channel: Channel, message: InboundMessage) -> None:
         """Send an answer in parts. One that can never arrive is given up."""
@@ -1729,8 +1742,8 @@ class Outbox:
     def close(self, seconds: float) -> None:
         """Give the answers that are on their way some time to arrive."""
         deadline = time.monotonic() + seconds
-        for waiting in list(self.queues.values()):
-            while waiting.unfinished_tasks and time.monotonic() < deadline:
+        for answers in list(self.queues.values()):
+            while answers.unfinished_tasks and time.monotonic() < deadline:
                 time.sleep(0.01)
 
 
@@ -1740,10 +1753,11 @@ def split_text(text: str, limit: int) -> list[str]:
     while len(text) > limit:
         newline = text.rfind("\n", limit // 2, limit)
         blank = text.rfind(" ", limit // 2, limit)
-        cut = max(newline, blank) + 1 or limit
+        cut = newline + 1 or blank + 1 or limit  # they are -1 if there is none
         parts.append(text[:cut])
         text = text[cut:]
-    return [*parts, text]
+    parts.append(text)
+    return [part for part in parts if part.strip()]  # platforms refuse blank texts
 
 
 CHANNELS = []  # the classes of channels that can be configured
@@ -1804,19 +1818,19 @@ class App:
         """Start the channels, and the thread that works off the inbox."""
         for channel in self.channels.values():
             threading.Thread(target=channel.run, daemon=True).start()
-        threading.Thread(target=self.work, daemon=True).start()
+        threading.Thread(target=self.take_messages, daemon=True).start()
 
     def close(self, seconds: float) -> None:
-        """End what runs. It has some seconds for that."""
+        """Give answers some seconds to be sent, then kill the commands that run."""
+        self.outbox.close(seconds)
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
                 kill_command(thing)
-        self.outbox.close(seconds)
 
     # A message from the inbox
 
-    def work(self) -> None:
-        """Send one message after the other on its way. Runs in a thread."""
+    def take_messages(self) -> None:
+        """Take one message after the other from the inbox. Runs in a thread."""
         while True:
             try:
                 self.dispatch(self.inbox.take())
@@ -1829,12 +1843,12 @@ class App:
         self.process(message)
 
     def process(self, message: InboundMessage) -> None:
-        """Answer a message. If that fails, it stays in the inbox until a restart."""
+        """Answer a message. If the disk does not allow it, it waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
             return  # until the settings are as before, and the program is started again
         try:
-            if not self.needs_turn(message):
+            if self.finish_without_turn(message):
                 return
             channel.log(f"{message.sender}: {message.context} {message.text}")
             with self.exclusive(message), channel.typing(message.peer):
@@ -1843,18 +1857,19 @@ class App:
         except Exception as error:  # such as a full disk
             channel.log(f"not answered: {explain(error)}")
 
-    def needs_turn(self, message: InboundMessage) -> bool:
-        """Whether the model has to work. If not, what is to be done is done here."""
+    def finish_without_turn(self, message: InboundMessage) -> bool:
+        """Do what needs no model. Returns whether nothing is left to do then."""
         if message.answer is None:
-            return True
+            return False
         self.outbox.put(message, message.answer)  # the program ended before it was sent
-        return False
+        return True
 
     @contextmanager
     def exclusive(self, message: InboundMessage) -> Iterator[None]:
         """Hold what a turn needs for itself: until s10, turns run one at a time.
 
-        Who waits holds `next_turn`, so that nobody who comes later is faster.
+        The second lock makes it fair: a thread that has just had a turn cannot get the
+        next one before the thread that waits.
         """
         with self.next_turn:
             self.turn.acquire()
@@ -1884,7 +1899,7 @@ class App:
         agent.show = show
         self.begin_turn(agent, message)
         answer = self.respond(agent, message) or "\n".join(notes)
-        self.sessions[agent.session_key] = agent.messages  # /new has changed it
+        self.sessions[agent.session_key] = agent.messages  # another one after /new
         self.waiting_for.pop(agent.session_key, None)
         self.end_turn(agent, message, answer)
         return answer
@@ -1895,7 +1910,7 @@ class App:
     def show_piece(
         self, agent: Agent, message: InboundMessage, text: str, kind: str
     ) -> None:
-        """What others see of a turn's text, as it arrives."""
+        """What others see of a turn's text as it arrives. On channels: nothing."""
         if message.channel == self.terminal.name:
             self.agent.show(text, kind)
 
@@ -1963,7 +1978,9 @@ class App:
                 with self.exclusive(message):
                     self.run_turn(message)
                 print()
-        except (KeyboardInterrupt, OSError, sqlite3.Error) as error:
+        except KeyboardInterrupt:  # while somebody else had the turn
+            print("[stopped]")
+        except (OSError, sqlite3.Error) as error:
             print(f"[{explain(error)}]")
         self.terminal.show_prompt()
 
@@ -2027,7 +2044,11 @@ def open_app(kind: type[App], agent: Agent) -> App:
     try:
         return kind(agent)
     except (OSError, sqlite3.Error) as error:
-        sys.exit(f"{agent.workspace / '.state'} cannot be used: {error}")
+        folder = agent.workspace / ".state"
+        sys.exit(
+            f"{folder} cannot be used: {error}. Is the disk full? If not, move the"
+            " folder away: then a new one is made"
+        )
 
 
 # Part 2: Telegram
@@ -2085,6 +2106,7 @@ class TelegramChannel(Channel):
                 allowed_updates=["message"],
                 error_callback=lambda error: self.report(f"{error}; trying again"),
             )
+            self.report(f"on, as @{self.bot.username}")
         except self.telegram.error.TelegramError as error:
             raise self.channel_error(error) from None
 
@@ -2120,7 +2142,7 @@ class TelegramChannel(Channel):
             account=self.account,
             peer=str(message.chat.id),
             text=self.mention.sub("", text).strip(),
-            received=time.time(),
+            received=time.time(),  # for find_beginning, below
             id=f"telegram:{self.bot.id}:{message.chat.id}:{message.message_id}",
             sender=name_of(message),
             is_group=message.chat.type != "private",
@@ -2367,7 +2389,7 @@ class FeishuChannel(Channel):
     def request(self, method: str, path: str, body: dict | None) -> tuple:
         """One request to the API: its response, and the JSON object in that."""
         headers = {}
-        if path != TOKEN_PATH:
+        if path != TOKEN_PATH:  # this request gets the token, and so it has none
             headers["Authorization"] = f"Bearer {self.valid_token()}"
         try:
             response = self.http.request(method, path, json=body, headers=headers)
@@ -2397,7 +2419,7 @@ class FeishuChannel(Channel):
 
     # Receiving
 
-    def take_request(self, headers: Message, body: bytes) -> tuple[int, dict]:
+    def handle_event(self, headers: HttpHeaders, body: bytes) -> tuple[int, dict]:
         """The answer to a POST request: an HTTP status and a JSON object."""
         try:
             event = self.verify_event(headers, body)
@@ -2408,16 +2430,17 @@ class FeishuChannel(Channel):
                 self.receive(message)
             return 200, {}
         except PermissionError as error:
-            self.log_once(f"an event was refused: {error}")
+            self.log_once(str(error), f"an event was refused: {error}")
             return 401, {}
         except sqlite3.Error as error:
             self.log(f"a message could not be stored: {error}")
             return 500, {}  # then Feishu brings it again
         except Exception as error:  # it is not as Feishu writes events
-            self.log_once(f"an event was refused: {type(error).__name__}")
+            kind = type(error).__name__
+            self.log_once(kind, f"an event was refused, its form is wrong: {kind}")
             return 400, {}
 
-    def verify_event(self, headers: Message, body: bytes) -> dict:
+    def verify_event(self, headers: HttpHeaders, body: bytes) -> dict:
         """The event in a request. Raises PermissionError unless Feishu has sent it."""
         event = RECORD.validate_json(body)
         secret = self.setting("ENCRYPT_KEY")
@@ -2488,7 +2511,7 @@ def decrypt(secret: str, text: str) -> bytes:
     return unpadder.update(padded) + unpadder.finalize()
 
 
-def check_signature(headers: Message, body: bytes, secret: str) -> None:
+def check_signature(headers: HttpHeaders, body: bytes, secret: str) -> None:
     """Raise PermissionError unless Feishu has signed a request within the last hour."""
     timestamp = headers.get("X-Lark-Request-Timestamp", "")
     nonce = headers.get("X-Lark-Request-Nonce", "")
@@ -2556,7 +2579,7 @@ class WebhookServer:
             oldest.transport.abort()
         try:
             async with asyncio.timeout(MAX_REQUEST_SECONDS):
-                status, answer = await self.answer(reader)
+                status, answer = await self.handle_request(reader)
                 body = json.dumps(answer)
                 writer.write(
                     f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -2565,12 +2588,12 @@ class WebhookServer:
                 )
                 await writer.drain()
         except (OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # too slow, too long, or gone
+            pass  # too slow (TimeoutError is an OSError), too long, or gone
         finally:
             self.connections.pop(writer, None)
             writer.close()
 
-    async def answer(self, reader: StreamReader) -> tuple[int, dict]:
+    async def handle_request(self, reader: StreamReader) -> tuple[int, dict]:
         """Read a request. Returns the HTTP status and the JSON object for it."""
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
@@ -2581,7 +2604,7 @@ class WebhookServer:
         if not re.fullmatch("[0-9]{1,6}", length):  # no event has a million bytes
             return 413, {}
         body = await reader.readexactly(int(length))
-        return await asyncio.to_thread(self.channel.take_request, headers, body)
+        return await asyncio.to_thread(self.channel.handle_event, headers, body)
 
 
 CHANNELS.append(FeishuChannel)
@@ -2593,11 +2616,12 @@ CHANNELS.append(FeishuChannel)
 
 MAIN = "main"  # the agent that answers if no binding says otherwise
 DM_SCOPES = Literal["main", "per-peer", "per-channel-peer", "per-account-channel-peer"]
-CONFIG_FILES = ("agents.json", "bindings.json", "cron.json")  # the owner's to edit
+# For the owner to edit. (CRON.json comes in s07.)
+CONFIG_FILES = ("agents.json", "bindings.json", "cron.json")
 
 
 class Binding(BaseModel, extra="forbid", frozen=True):
-    """Sends messages to an agent: those that have the same value in each field set."""
+    """Sends messages to an agent. Each field that is set must equal the message's."""
 
     agent: str
     channel: str = ""
@@ -2618,8 +2642,14 @@ class Binding(BaseModel, extra="forbid", frozen=True):
         return "default"
 
     def rank(self) -> tuple:
-        """What decides between bindings of one tier: priority, then the fields set."""
-        return self.priority, sum(map(bool, self.match_key()))
+        """What decides within a tier: the priority, then how narrow it is."""
+        fields_set = [field for field in self.match_key() if field]
+        return self.priority, ":topic:" in self.peer, len(fields_set)
+
+
+def tier_of(binding: Binding | None) -> str:
+    """The tier of what has decided about a message: a binding, or none."""
+    return binding.tier() if binding else "default"
 
 
 class BindingTable:
@@ -2633,33 +2663,38 @@ class BindingTable:
         self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
         try:
-            self.load()
+            for problem in self.load():
+                print(f"[{problem}]")
         except ValueError as error:
             print(f"[{error}]")
 
-    def load(self) -> None:
-        """Read the file. An entry that cannot be used is named and left out.
+    def load(self) -> list[str]:
+        """Read the file. Returns what is wrong with the entries that are left out.
 
         Raises ValueError if the file as a whole cannot be used.
         """
         bindings = []
         unusable = []
-        for position, entry in enumerate(load_config(self.file, []), 1):
+        problems = []
+        for position, entry in enumerate(load_config(self.file, list), 1):
             try:
-                bindings.append(self.check(Binding.model_validate(entry)))
+                binding = Binding.model_validate(entry)
+                self.check(binding)
+                bindings.append(binding)
             except ValueError as error:
                 unusable.append(entry)
-                print(f"[bindings.json, entry {position}: {short_reason(error)}]")
+                reason = short_reason(error)
+                problems.append(f"bindings.json, entry {position}: {reason}")
         self.unusable = unusable
         self.use(bindings)
+        return problems
 
-    def check(self, binding: Binding) -> Binding:
-        """The binding. Raises ValueError if it could never apply."""
+    def check(self, binding: Binding) -> None:
+        """Raise ValueError if a binding could never apply."""
         if binding.agent not in self.agents:
             raise ValueError(f"there is no agent {binding.agent}")
         if binding.tier() != "default" and not binding.channel:
             raise ValueError(f"a binding by {binding.tier()} needs a channel")
-        return binding
 
     def use(self, bindings: list[Binding]) -> None:
         """Take these bindings from now on."""
@@ -2667,7 +2702,7 @@ class BindingTable:
         for binding in sorted(bindings, key=Binding.rank):
             best[binding.match_key()] = binding  # the last one, so the highest
         self.bindings = bindings
-        self.best = best  # at once: other threads look things up
+        self.best = best  # replaced as a whole, as other threads look things up
 
     def resolve(self, message: InboundMessage) -> Binding | None:
         """The binding for a message: of the first tier that has one, the best.
@@ -2682,9 +2717,10 @@ class BindingTable:
 
     def set(self, binding: Binding) -> None:
         """Add a binding, or replace the one with the same fields and priority."""
+        self.check(binding)
         with self.lock:
             self.load()  # the owner may have edited the file
-            self.save([*self.others(binding), self.check(binding)])
+            self.save([*self.others(binding), binding])
 
     def remove(self, binding: Binding) -> None:
         """Remove the binding with the same fields and priority. Raises ValueError."""
@@ -2714,7 +2750,7 @@ def tier_keys(message: InboundMessage) -> list[list]:
     accounts = [message.account, ""]
     guilds = [message.guild, ""]
     # A binding of a chat holds for the topics in it, too.
-    chats = [message.peer, message.peer.split(":topic:")[0]]
+    chats = [message.peer, without_topic(message.peer)]
     by_guild = itertools.product([channel], accounts, [""], [message.guild])
     by_peer = itertools.product([channel], accounts, chats, guilds)
     return [
@@ -2745,7 +2781,7 @@ class AgentManager:
             "sage": AgentConfig(prompt="You are Sage. You explain, and name doubts."),
         }
         try:
-            entries = load_config(workspace / "agents.json", {})
+            entries = load_config(workspace / "agents.json", dict)
         except ValueError as error:
             print(f"[{error}]")
             return
@@ -2757,24 +2793,24 @@ class AgentManager:
             except ValueError as error:
                 print(f"[agents.json, {name}: {short_reason(error)}]")
 
-    def store_of(self, agent_id: str) -> SessionStore:
+    def session_store(self, agent_id: str) -> SessionStore:
         """Where the sessions of an agent are kept."""
         return SessionStore(self.workspace / ".sessions" / "agents" / agent_id)
 
 
-def load_config(file: Path, default: list | dict) -> list | dict:
-    """What is in a JSON file of the owner; `default` if there is no file.
+def load_config(file: Path, kind: type) -> list | dict:
+    """The list or dict in a JSON file of the owner, an empty one if there is no file.
 
-    Raises ValueError if it cannot be read, or is no JSON of the kind of `default`.
+    Raises ValueError if the file cannot be read, or holds something else.
     """
     if not file.exists():
-        return default
+        return kind()
     try:
-        value = json.loads(load_text(file).removeprefix("\ufeff"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = from_json(load_text(file).removeprefix("\ufeff"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file.name} cannot be used: {error}") from error
-    if not isinstance(value, type(default)):
-        raise ValueError(f"{file.name} cannot be used: it has to begin as {default}")
+    if not isinstance(value, kind):
+        raise ValueError(f"{file.name} cannot be used: it must be like {kind()}")
     return value
 
 
@@ -2877,7 +2913,8 @@ def rpc_method(name: str) -> Callable:
 class GatewayConnection(ServerConnection):
     """A connection. If too many are open without the token, the oldest is dropped."""
 
-    opening = {}  # in order of age
+    opening = {}  # of all connections: those without the token, the oldest first
+    peer = ""  # the name that the client has given itself
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """A client has connected, and has said nothing yet."""
@@ -2904,7 +2941,8 @@ class GatewayServer(Channel):
         self.loop = LoopThread()
         self.clients = set()
         self.watchers = {}  # session key: the clients that get its events
-        self.running = {}  # session key: the id of the message that is answered
+        self.running = {}  # session key: the id of the message being answered
+        self.token = ""
         self.link = ""
         self.is_ready = threading.Event()  # it is on, or off for good
         self.started = time.monotonic()
@@ -2938,8 +2976,8 @@ class GatewayServer(Channel):
             port,
             process_request=self.answer_http,
             create_connection=GatewayConnection,
-            max_size=4 * MAX_FRAME,  # what is somewhat too long gets an error
-            compression=None,  # the way is short
+            max_size=4 * MAX_FRAME,  # a frame beyond that ends the connection
+            compression=None,  # both ends are on this machine
             close_timeout=1,
         )
         port = server.sockets[0].getsockname()[1]
@@ -3041,10 +3079,10 @@ class GatewayServer(Channel):
         """Send an event to those who watch a session. May be called in any thread."""
         params = {"session": key, **params}
         frame = json.dumps({"jsonrpc": "2.0", "method": event, "params": params})
-        self.loop.loop.call_soon_threadsafe(self.broadcast, key, frame)
+        self.loop.loop.call_soon_threadsafe(self.send_event, key, frame)
 
-    def broadcast(self, key: str, frame: str) -> None:
-        """Hand an event to its clients. Drop a client that does not read them."""
+    def send_event(self, key: str, frame: str) -> None:
+        """Send an event to its clients. Drop a client that does not read them."""
         watchers = self.watchers.get(key, set())
         for client in list(watchers):
             if client.transport.get_write_buffer_size() > MAX_UNSENT:
@@ -3052,19 +3090,19 @@ class GatewayServer(Channel):
                 watchers.discard(client)
         broadcast(watchers, frame)
 
-    def begin_turn(self, key: str, message: InboundMessage) -> None:
-        """Note which message a session answers. Its sender watches from now on."""
+    def note_running(self, key: str, message: InboundMessage) -> None:
+        """Note which message is being answered. Its sender watches from now on."""
         self.running[key] = message.id
         for client in self.clients:
             if (self.name, client.peer) == (message.channel, message.peer):
                 self.watch(client, key)
 
-    def end_turn(self, key: str) -> None:
+    def note_ended(self, key: str) -> None:
         """Note that it is answered."""
         self.running.pop(key, None)
 
-    def message_from(self, client: GatewayConnection, peer: str) -> InboundMessage:
-        """An empty message of a client, who has the name `peer` from now on."""
+    def identify(self, client: GatewayConnection, peer: str) -> InboundMessage:
+        """Note the name of a client, if it says one. Returns an empty message of it."""
         if peer and not re.fullmatch(PEER, peer):
             raise ValueError(f"peer: must be {PEER}")
         client.peer = peer or client.peer
@@ -3113,7 +3151,7 @@ def serve_file(path: str) -> Response:
     """A file of the web chat, as an HTTP response."""
     name = path.removeprefix("/") or "index.html"
     file = WEBCHAT / name
-    if "/" in name or file.suffix not in CONTENT_TYPES or not file.is_file():
+    if file not in WEBCHAT.iterdir() or file.suffix not in CONTENT_TYPES:
         return http_response(404, b"not found\n")
     return http_response(200, file.read_bytes(), CONTENT_TYPES[file.suffix])
 
@@ -3131,19 +3169,18 @@ async def rpc_send(
     client: GatewayConnection,
 ) -> dict:
     """Take a message; with an id, only once. Its answer comes as events."""
-    message = gateway.message_from(client, peer)
+    message = gateway.identify(client, peer)
     id = id or secrets.token_hex(8)
     if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", id):
-        raise ValueError("text must not be empty, and id must be letters and digits")
+        raise ValueError("text must not be empty; id has letters, digits, - and _")
     message.text = text
     message.id = f"web:{client.peer}:{id}"
     binding = gateway.app.bindings.resolve(message)
     key = gateway.app.session_key(message)
-    gateway.watch(client, key)
+    gateway.watch(client, key)  # before the turn can begin
     if not await asyncio.to_thread(gateway.receive, message):
         raise RpcError(-32000, "too many messages wait: try again later")
-    tier = binding.tier() if binding else "default"
-    return {"id": message.id, "session": key, "matched_by": tier}
+    return {"id": message.id, "session": key, "matched_by": tier_of(binding)}
 
 
 @rpc_method("sessions.history")
@@ -3155,20 +3192,21 @@ async def rpc_history(
     gateway: GatewayServer,
     client: GatewayConnection,
 ) -> dict:
-    """What was said in a session, or in the one of the client. Its events follow."""
+    """What was said in a session, or in the client's own. Its events follow."""
     app = gateway.app
-    message = gateway.message_from(client, peer)
+    message = gateway.identify(client, peer)
     key = session or app.session_key(message)
     if agent_of(key) not in app.agents.agents:
         raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
+    unanswered = await asyncio.to_thread(app.unanswered)
     found = await asyncio.to_thread(app.find_session, key)
     messages = []
     if found is not None:
         messages = transcript(found)
     known = [message["id"] for message in messages]
     waiting = []  # what is not in the session yet
-    for each in app.unanswered():
+    for each in unanswered:
         if app.session_key(each) == key and each.id not in known:
             waiting.append({"id": each.id, "text": each.text})
     return {
@@ -3200,7 +3238,7 @@ async def rpc_sessions(*, gateway: GatewayServer, client: GatewayConnection) -> 
     """What each session key means now, for all agents."""
     entries = []
     for agent_id in gateway.app.agents.agents:
-        store = gateway.app.agents.store_of(agent_id)
+        store = gateway.app.agents.session_store(agent_id)
         for key, session_id in store.read_index().items():
             path = store.folder / f"{session_id}.jsonl"
             if path.is_file():
@@ -3295,7 +3333,7 @@ class GatewayApp(App):
 
     def store_for(self, key: str) -> SessionStore:
         """The sessions of the agent that a key names."""
-        return self.agents.store_of(agent_of(key))
+        return self.agents.session_store(agent_of(key))
 
     def find_session(self, key: str) -> Session | None:
         """The session of a key, if there is one."""
@@ -3325,7 +3363,7 @@ class GatewayApp(App):
         super().begin_turn(agent, message)
         key = agent.session_key
         self.gateway.loop.loop.call_soon_threadsafe(
-            self.gateway.begin_turn, key, message
+            self.gateway.note_running, key, message
         )
         self.gateway.publish(
             key,
@@ -3344,11 +3382,13 @@ class GatewayApp(App):
             self.gateway.publish(agent.session_key, f"turn.{kind}", text=text)
 
     def end_turn(self, agent: Agent, message: InboundMessage, answer: str) -> None:
-        """Tell web clients that a message is answered."""
+        """Tell web clients that a message is answered: their own needs no sending."""
         super().end_turn(agent, message, answer)
+        if message.channel == "web":
+            self.inbox.done(message)
         session_id = agent.messages.path.stem  # another one after /new
         key = agent.session_key
-        self.gateway.loop.loop.call_soon_threadsafe(self.gateway.end_turn, key)
+        self.gateway.loop.loop.call_soon_threadsafe(self.gateway.note_ended, key)
         self.gateway.publish(
             key, "turn.end", id=message.id, text=answer, session_id=session_id
         )
@@ -3357,14 +3397,14 @@ class GatewayApp(App):
         """Web clients have seen the answer; all others have it sent."""
         if message.channel == "web":
             self.gateway.log(f"to {message.sender}: {answer}")
-            self.inbox.done(message)
         else:
             super().reply(message, answer)
 
 
 def agent_of(key: str) -> str:
-    """The id of the agent in a session key: agent:<id>:..."""
-    return f"{key}::".split(":")[1]
+    """The id of the agent in a session key, which is agent:<id>:..."""
+    _, _, rest = key.partition(":")
+    return rest.partition(":")[0]
 
 
 @command("/agents", "the agents")
@@ -3397,15 +3437,14 @@ def show_bindings(agent: Agent, argument: str) -> str:
 
 @command("/route <channel> <peer> [account] [guild]", "where a message would go")
 def show_route(agent: Agent, argument: str) -> str:
-    channel, peer, account, guild, *_ = [*argument.split(), "", "", "", ""]
-    if not peer:
+    words = argument.split()
+    if not 2 <= len(words) <= 4:
         raise ValueError("/route <channel> <peer> [account] [guild]")
-    is_group = peer.startswith(("-", "oc_"))  # as Telegram and Feishu write groups
-    message = InboundMessage(channel, account or "default", peer, "", guild=guild)
-    message.is_group = is_group
-    binding = agent.app.bindings.resolve(message)
-    tier = binding.tier() if binding else "default"
-    return f"{agent.app.session_key(message)}, by its {tier}"
+    channel, peer, account, guild = words + ["default", ""][len(words) - 2 :]
+    message = InboundMessage(channel, account, peer, "", guild=guild)
+    message.is_group = peer.startswith(("-", "oc_"))  # in Telegram and in Feishu
+    tier = tier_of(agent.app.bindings.resolve(message))
+    return f"{agent.app.session_key(message)} (tier: {tier})"
 
 
 @command("/gateway", "the link to the web chat")
@@ -3446,16 +3485,6 @@ def talk(on_line: Callable) -> None:
             return
         if line.strip():
             on_line(line)
-
-
-def handle_line(agent: Agent, line: str) -> None:
-    """Answer a line that the person has typed, or run the command in it."""
-    if line.startswith("/"):
-        run_slash_command(agent, line)
-        return
-    print("agent> ", end="", flush=True)
-    handle_message(agent, line)
-    print()
 
 
 def main() -> None:
