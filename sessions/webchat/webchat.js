@@ -31,7 +31,6 @@ const state = {
   unread: 0, // answers that came while the page was hidden
   loads: 0, // histories asked for so far
   recalled: "", // the message that ArrowUp has brought back
-  closedFor: "", // the text that Escape has closed the completions for
   agents: [],
   sessions: [],
   bindings: [],
@@ -65,6 +64,26 @@ function make(tag, className, ...children) {
   element.className = className;
   element.append(...children);
   return element;
+}
+
+function onButton(list, handle) {
+  list.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button) {
+      handle(button);
+    }
+  });
+}
+
+// A phone has no Shift+Enter, and a keyboard that covers half of the page.
+function isTouch() {
+  return matchMedia("(pointer: coarse)").matches;
+}
+
+function focusText() {
+  if (!isTouch()) {
+    textField.focus();
+  }
 }
 
 function copyOf(templateId) {
@@ -891,7 +910,7 @@ log.addEventListener("click", (event) => {
 
 byId("jump").addEventListener("click", () => {
   scrollToEnd();
-  textField.focus();
+  focusText();
 });
 
 // A screen reader gets whole messages, not each piece of a stream.
@@ -922,33 +941,29 @@ function showNotice(text, actionName, action) {
   }, 1000 * seconds);
 }
 
-log.addEventListener("click", (event) => {
-  const button = event.target.closest("button");
+onButton(log, (button) => {
   const turn = [...turns.values()].find((each) => each.element.contains(button));
-  if (!button || !turn) {
-    return;
-  }
   if (button.matches(".copy-code")) {
-    copy(button, button.closest(".code-frame").querySelector("pre").textContent);
+    const block = button.closest(".code-frame").querySelector("pre");
+    copy(block.textContent, button, "Copy");
   } else if (button.matches(".copy-answer")) {
-    copy(button, turn.answers.join("\n\n"));
+    copy(turn.answers.join("\n\n"), button, "Copy answer");
   } else if (button.matches(".send-again")) {
     sendAgain(turn);
   }
 });
 
-async function copy(button, text) {
+async function copy(text, button, label) {
   try {
     await navigator.clipboard.writeText(text);
   } catch (error) {
     showNotice(`Not copied: ${error.message}`);
     return;
   }
-  const before = button.textContent;
   button.textContent = "Copied";
   announce("Copied");
   setTimeout(() => {
-    button.textContent = before;
+    button.textContent = label;
   }, 1500);
 }
 
@@ -1049,7 +1064,7 @@ function showStopButton() {
 byId("stop").addEventListener("click", () => say("/stop"));
 byId("new").addEventListener("click", () => {
   say("/new");
-  textField.focus();
+  focusText();
 });
 
 composer.addEventListener("submit", (event) => {
@@ -1058,8 +1073,8 @@ composer.addEventListener("submit", (event) => {
   if (isTooLong(text)) {
     showNotice("This is too long for one message. Put it into a file instead.");
   } else if (text) {
-    setText("");
     say(text);
+    setText("");
   }
   textField.focus();
 });
@@ -1077,6 +1092,16 @@ function onTyped() {
   textField.style.height = "auto";
   textField.style.height = `${textField.scrollHeight}px`;
   showCompletions();
+  showHint();
+}
+
+const KEYS = byId("keys").textContent;
+
+// What may follow the command that is being typed.
+function showHint() {
+  const name = textField.value.split(/\s/)[0];
+  const command = state.commands.find((each) => nameOf(each) === name);
+  byId("keys").textContent = command ? `${command.usage}: ${command.about}` : KEYS;
 }
 
 textField.addEventListener("input", onTyped);
@@ -1090,8 +1115,7 @@ textField.addEventListener("keydown", (event) => {
   if (isComposing(event) || onCompletionKey(event)) {
     return;
   }
-  const isTouch = matchMedia("(pointer: coarse)").matches; // no Shift+Enter there
-  const wantsLine = event.shiftKey || (isTouch && !event.ctrlKey);
+  const wantsLine = event.shiftKey || (isTouch() && !event.ctrlKey);
   if (event.key === "Enter" && !wantsLine) {
     event.preventDefault();
     composer.requestSubmit();
@@ -1106,7 +1130,7 @@ textField.addEventListener("keydown", (event) => {
 // ArrowUp in an empty field brings back the last message, and then those before it.
 function recall(event) {
   const own = [...turns.values()].filter((turn) => turn.isOwn);
-  const texts = ["", ...own.map((turn) => turn.text).reverse()];
+  const texts = [...new Set(["", ...own.map((turn) => turn.text).reverse()])];
   const position = texts.indexOf(textField.value);
   const isRecalled = position === 0 || textField.value === state.recalled;
   const next = position + (event.key === "ArrowUp" ? 1 : -1);
@@ -1127,7 +1151,7 @@ function matchingCommands() {
   const text = textField.value;
   const isTypingName = /^\/\S*$/.test(text);
   const isName = state.commands.some((command) => nameOf(command) === text);
-  if (!isTypingName || isName || state.closedFor === text) {
+  if (!isTypingName || isName) {
     return [];
   }
   return state.commands.filter((command) => nameOf(command).startsWith(text));
@@ -1142,6 +1166,10 @@ function showCompletions() {
     option.dataset.name = nameOf(command);
     return option;
   });
+  showOptions(options);
+}
+
+function showOptions(options) {
   completions.replaceChildren(...options);
   completions.hidden = options.length === 0;
   chooseOption(options[0]);
@@ -1176,8 +1204,7 @@ function onCompletionKey(event) {
   } else if (event.key === "Enter" || event.key === "Tab") {
     complete(option);
   } else if (event.key === "Escape") {
-    state.closedFor = textField.value;
-    showCompletions();
+    showOptions([]);
   } else {
     return false;
   }
@@ -1222,14 +1249,25 @@ function isOfWebAccount(binding) {
   return binding.channel === "web" && isAccount && binding.guild === "";
 }
 
-// The binding of a tier for this chat: the one with the highest priority.
+// The binding of a tier for this chat, if there is one.
 function bindingOf(tier) {
   const found = state.bindings.filter(
     (binding) => binding.tier === tier.name && tier.fits(binding),
   );
-  const fields = (b) => [b.channel, b.account, b.peer].filter(Boolean).length;
-  found.sort((a, b) => b.priority - a.priority || fields(b) - fields(a));
-  return found[0];
+  return found.toSorted(byRank)[0];
+}
+
+// The highest priority is the first; then the binding with the most fields.
+function byRank(one, other) {
+  if (one.priority !== other.priority) {
+    return other.priority - one.priority;
+  }
+  return fieldsOf(other).length - fieldsOf(one).length;
+}
+
+function fieldsOf(binding) {
+  const names = ["channel", "account", "peer", "guild"];
+  return names.filter((name) => binding[name]);
 }
 
 function decidingTier() {
@@ -1260,11 +1298,10 @@ function showPanel() {
   replaceList(byId("tiers"), TIERS.map(tierItem));
   const latest = state.sessions.toSorted((one, other) => other.used - one.used);
   replaceList(byId("sessions"), latest.map(sessionItem));
-  replaceList(byId("bindings"), state.bindings.map(bindingItem));
+  const none = make("li", "hint", "None: every message goes to main.");
+  const bindings = state.bindings.map(bindingItem);
+  replaceList(byId("bindings"), bindings.length > 0 ? bindings : [none]);
   byId("unbind").hidden = !bindingOf(TIERS[0]);
-  if (state.bindings.length === 0) {
-    byId("bindings").append(make("li", "hint", "None: every message goes to main."));
-  }
   const select = byId("binding-form").elements.agent;
   const names = state.agents.map((agent) => agent.id);
   if (select.options.length !== names.length) {
@@ -1344,9 +1381,7 @@ function describeSession(key) {
 
 function bindingItem(binding, index) {
   const { agent, tier, priority } = binding;
-  const names = ["channel", "account", "peer", "guild"];
-  const fields = names.filter((name) => binding[name]);
-  const parts = fields.map((name) => `${name} ${binding[name]}`);
+  const parts = fieldsOf(binding).map((name) => `${name} ${binding[name]}`);
   if (priority) {
     parts.push(`priority ${priority}`);
   }
@@ -1392,23 +1427,15 @@ async function removeBinding(binding) {
   }
 }
 
-byId("agents").addEventListener("click", (event) => {
-  const button = event.target.closest("button");
-  if (button) {
-    chooseAgent(button.dataset.key);
-  }
+onButton(byId("agents"), (button) => chooseAgent(button.dataset.key));
+onButton(byId("sessions"), (button) => showSession(button.dataset.key));
+onButton(byId("bindings"), (button) => {
+  removeBinding(state.bindings[button.dataset.index]);
 });
 
 byId("unbind").addEventListener("click", async () => {
   await removeBinding(bindingOf(TIERS[0]));
   byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button is gone
-});
-
-byId("bindings").addEventListener("click", (event) => {
-  const button = event.target.closest("button");
-  if (button) {
-    removeBinding(state.bindings[button.dataset.index]);
-  }
 });
 
 byId("binding-form").addEventListener("submit", async (event) => {
@@ -1423,13 +1450,6 @@ byId("binding-form").addEventListener("submit", async (event) => {
   }
 });
 
-byId("sessions").addEventListener("click", (event) => {
-  const key = event.target.closest("button")?.dataset.key;
-  if (key) {
-    showSession(key);
-  }
-});
-
 // Another session is shown for reading only.
 async function showSession(key) {
   const own = state.reading ? state.ownSession : state.session;
@@ -1441,7 +1461,11 @@ async function showSession(key) {
   }
   await loadHistory();
   showPanel();
-  (state.reading ? byId("back") : textField).focus();
+  if (state.reading) {
+    byId("back").focus();
+  } else {
+    focusText();
+  }
 }
 
 function showChat() {
@@ -1523,16 +1547,14 @@ const SUGGESTIONS = [
   "/agents",
 ];
 
-function showSuggestions() {
-  for (const text of SUGGESTIONS) {
-    const button = panelButton("suggestion", text, text);
-    button.addEventListener("click", () => {
-      say(text);
-      textField.focus();
-    });
-    byId("suggestions").append(make("li", "", button));
-  }
+for (const text of SUGGESTIONS) {
+  byId("suggestions").append(make("li", "", panelButton("suggestion", text, text)));
 }
+
+onButton(byId("suggestions"), (button) => {
+  say(button.dataset.key);
+  focusText();
+});
 
 window.addEventListener("online", connect);
 window.addEventListener("hashchange", () => {
@@ -1550,13 +1572,12 @@ setInterval(() => {
 
 setTheme(localStorage.getItem("theme") ?? "auto");
 showPanelIfWide();
-showSuggestions();
 setText(localStorage.getItem("draft") ?? "");
 showOutbox();
 takeTokenFromAddress();
 if (state.token) {
   connect();
-  textField.focus();
+  focusText();
 } else {
   askForToken();
 }
