@@ -653,8 +653,11 @@ async function loadHistory() {
 function showHistory(history) {
   beginConversation(history);
   const groups = groupTurns(history.messages);
+  let previous = null;
   for (const [key, group] of groups) {
     const turn = findOrAddTurn(key, group.question.text, group.question.time);
+    placeAfter(turn.element, previous);
+    previous = turn.element;
     if (turn.isLive || (turn.state === "done" && !turn.isStale)) {
       continue; // it is complete as it is
     }
@@ -679,6 +682,14 @@ function showHistory(history) {
   settleTurns(history, groups);
   showOutbox();
   showView();
+}
+
+// While the page was not connected, turns may have begun that it has in another order.
+function placeAfter(element, previous) {
+  const order = previous?.compareDocumentPosition(element);
+  if (order & Node.DOCUMENT_POSITION_PRECEDING) {
+    previous.after(element);
+  }
 }
 
 // Clear the log if the history is of another conversation than the one shown.
@@ -1285,10 +1296,10 @@ async function refreshPanel() {
   const methods = ["agents.list", "sessions.list", "bindings.list"];
   const answers = await Promise.all(methods.map((method) => call(method)));
   [state.agents, state.sessions, state.bindings] = answers;
-  showPanel();
   if (!state.reading && decidingAgent() !== state.agent) {
-    await loadHistory(); // somebody else has changed a binding of this chat
+    await loadHistory(); // a binding of this chat has changed
   }
+  showPanel();
   showView();
 }
 
