@@ -23,7 +23,10 @@ from harness import since
 needs_chromium = pytest.mark.skipif(not find(), reason="needs Chromium")
 WEBCHAT = harness.REPO / "sessions" / "webchat"
 LINK = re.compile(r"(http://127\.0\.0\.1:\d+/)#token=(\S+)")
-CONNECTED = "document.querySelector('#connection').dataset.state === 'connected'"
+CONNECTED = (  # and what was said before is loaded
+    "document.querySelector('#connection').dataset.state === 'connected'"
+    " && document.querySelector('#subtitle').textContent"
+)
 STOP = "document.querySelector('#stop').checkVisibility()"
 IDLE = "!document.querySelector('.turn:not([data-state=done])')"
 WORKING = "document.querySelector('.turn[data-state=running]')"
@@ -475,6 +478,31 @@ def test_two_tabs_show_the_same(page: Page):
     page.shows(*texts)
     page.shows(*texts, document="second.document")
     page.get("second.close()")
+
+
+@needs_chromium
+@since("s05")
+def test_the_title_counts_what_is_unread(page: Page):
+    hidden = "Object.defineProperty(document, 'hidden', {get: () => window.isAway})"
+    page.get(f"void (window.isAway = true, {hidden})")
+    page.ask("one")
+    page.ask("two")
+    page.wait("document.title === '(2) main - web chat'")
+    page.get("window.isAway = false")
+    page.get("document.dispatchEvent(new Event('visibilitychange'))")
+    assert page.get("document.title") == "main - web chat"
+
+
+@needs_chromium
+@since("s05")
+def test_a_message_that_is_too_long_stays_in_the_field(page: Page):
+    page.get("text.value = 'long '.repeat(220_000)")
+    page.browser.press("Enter")
+    page.see("This is too long for one message")
+    assert page.get("text.value.length") == 1_100_000
+    page.get("text.value = ''")
+    page.ask("short")
+    page.shows("short", "heard short")
 
 
 @needs_chromium
