@@ -316,17 +316,17 @@ STEPS = st.sampled_from([0, 0.17, 0.41, 1.03, 10.01, 9e4])
 PUT = st.tuples(
     st.just("put"),
     st.integers(0, 9),  # the message's id
-    st.sampled_from(["chat 1", "chat 2"]),
-    st.sampled_from(["ann", "bob"]),
+    st.sampled_from(["chat 1", "chat 1", "chat 2"]),
+    st.sampled_from(["ann", "ann", "bob"]),
     st.sampled_from([0, 0.5, 1.5]),  # seconds in which more is expected
 )
 OTHER = st.tuples(st.sampled_from(["take", "answer", "done", "restart"]))
-ACTIONS = st.lists(st.tuples(STEPS, st.one_of(PUT, PUT, OTHER)), max_size=25)
+ACTIONS = st.lists(st.tuples(STEPS, st.one_of(PUT, PUT, OTHER)), min_size=10, max_size=40)
 
 
 @since("s04")
 @settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
