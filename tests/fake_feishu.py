@@ -41,6 +41,26 @@ PLACEHOLDER = re.compile(r"(@_user_\d+|@_all)")
 FILES = {
     "image": {"image_key": "img_1"},
     "file": {"file_key": "file_1", "file_name": "a.pdf"},
+    "audio": {"file_key": "file_2", "duration": 2000},
+    "media": {"file_key": "file_3", "image_key": "img_3", "file_name": "a.mp4"},
+    "sticker": {"file_key": "file_4"},
+}
+RICH_POST = {  # what the content of a post may hold
+    "title": "The plan",
+    "content": [
+        [
+            {"tag": "text", "text": "Read "},
+            {"tag": "a", "text": "this", "href": "https://example.org/plan"},
+            {"tag": "text", "text": " with "},
+            {"tag": "at", "user_id": "@_user_1", "user_name": "Bob"},
+            {"tag": "emotion", "emoji_type": "SMILE"},
+        ],
+        [{"tag": "img", "image_key": "img_1", "width": 9, "height": 9}],
+        [{"tag": "media", "file_key": "file_1", "image_key": "img_2"}],
+        [],
+        [{"tag": "code_block", "language": "PYTHON", "text": "print(1)\n"}],
+        [{"tag": "hr"}],
+    ],
 }
 MAX_BODY = 150 * 1024
 RENEWAL = 30 * 60  # a token with less left than this is no longer given out again

@@ -97,6 +97,7 @@ class Fault:
     seconds: float = 0
     reply: Reply | None = None
     chat_id: int | None = None
+    until: Callable[[], Any] | None = None
 
 
 class Refusal(Exception):
@@ -540,12 +541,18 @@ class FakeTelegram:
         self._fault(Fault(method, "drop", times, after))
 
     def hang(
-        self, method: str, seconds: float, times: int = 1, after: bool = False
+        self,
+        method: str,
+        seconds: float,
+        times: int = 1,
+        after: bool = False,
+        until: Callable[[], Any] | None = None,
     ) -> None:
-        """A late answer. If the bot hangs up by then, the request is lost unless
-        `after`.
+        """A late answer, which comes earlier if `until` holds.
+
+        If the bot hangs up by then, the request is lost unless `after`.
         """
-        self._fault(Fault(method, "hang", times, after, seconds))
+        self._fault(Fault(method, "hang", times, after, seconds, until=until))
 
     def flood(
         self, chat_id: int | None = None, seconds: float = 1, times: int = 1
@@ -567,9 +574,9 @@ class FakeTelegram:
         with self._changed:
             self._faults.append(fault)
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, seconds: float, until: Callable[[], Any] | None = None) -> None:
         if seconds:  # else the lock would be let go for a moment
-            self._changed.wait_for(lambda: self._down, seconds)
+            self._changed.wait_for(lambda: self._down or (until and until()), seconds)
 
     # --- what the bot calls ---
 
@@ -592,7 +599,7 @@ class FakeTelegram:
                 method
             )
             reply = self._carry_out(method, params, gone) if fault.after else None
-            self._pause(fault.seconds)
+            self._pause(fault.seconds, fault.until)
             if self._down or fault.how == "drop" or (fault.how == "hang" and gone()):
                 return None
             return fault.reply or reply or self._carry_out(method, params, gone)
@@ -922,6 +929,7 @@ def main() -> int:
             f"fake_telegram.py: port {port}: {error}; choose another", file=sys.stderr
         )
         return 1
+    fake.know(42)  # they may have written to the bot in the last run
     # a bot that knows the last run must not take this one for it
     first = int(time.time())
     fake._update_ids, fake._message_ids = itertools.count(first), itertools.count(first)

@@ -524,6 +524,7 @@ def test_lark_itself_agrees():
     messages.
     """
     cases: list[tuple[Any, str, bool, dict, dict]] = []
+    rich_post = json.dumps({"zh_cn": fake_feishu.RICH_POST})
     for key in ("", KEY):
         feishu = FakeFeishu(key)
         good = [
@@ -533,6 +534,9 @@ def test_lark_itself_agrees():
             feishu.event("hi", "group", "ou_bob", "oc_team", "all"),
             feishu.event("@_user_1 a\nb", mentions="bot", message_type="post"),
             feishu.event(message_type="image"),
+            feishu.event(message_type="audio"),
+            feishu.event(message_type="sticker"),
+            feishu.event(message_type="post", content=rich_post),
         ]
         challenge = feishu.challenge()
         tries = [(obj, "", True) for obj in (*good, challenge)]

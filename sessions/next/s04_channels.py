@@ -1449,7 +1449,8 @@ class Inbox:
         """The waiting message that a new one is a part of, if there is one."""
         with self.changed:
             for whole in self.waiting:
-                is_in_time = message.received <= whole.received + whole.expects_more
+                seconds = message.received - whole.received
+                is_in_time = 0 <= seconds < whole.expects_more
                 is_same_sender = message.sender == whole.sender
                 if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
                     return whole
@@ -1738,7 +1739,8 @@ def split_text(text: str, limit: int) -> list[str]:
         cut = newline + 1 or blank + 1 or limit  # they are -1 if there is none
         parts.append(text[:cut])
         text = text[cut:]
-    return [*parts, text]
+    parts.append(text)
+    return [part for part in parts if part.strip()]  # platforms refuse blank texts
 
 
 CHANNELS = []  # the classes of channels that can be configured
@@ -1802,13 +1804,8 @@ class App:
         threading.Thread(target=self.take_messages, daemon=True).start()
 
     def close(self, seconds: float) -> None:
-        """End what runs. It has some seconds for that."""
-        self.kill_commands()
+        """Give answers some seconds to be sent, then kill the commands that run."""
         self.outbox.close(seconds)
-        self.kill_commands()  # a turn may have begun another one
-
-    def kill_commands(self) -> None:
-        """Kill the commands of bash that are running."""
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
                 kill_command(thing)

@@ -1466,7 +1466,8 @@ class Inbox:
         """The waiting message that a new one is a part of, if there is one."""
         with self.changed:
             for whole in self.waiting:
-                is_in_time = message.received <= whole.received + whole.expects_more
+                seconds = message.received - whole.received
+                is_in_time = 0 <= seconds < whole.expects_more
                 is_same_sender = message.sender == whole.sender
                 if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
                     return whole
@@ -1755,7 +1756,8 @@ def split_text(text: str, limit: int) -> list[str]:
         cut = newline + 1 or blank + 1 or limit  # they are -1 if there is none
         parts.append(text[:cut])
         text = text[cut:]
-    return [*parts, text]
+    parts.append(text)
+    return [part for part in parts if part.strip()]  # platforms refuse blank texts
 
 
 CHANNELS = []  # the classes of channels that can be configured
@@ -1819,13 +1821,8 @@ class App:
         threading.Thread(target=self.take_messages, daemon=True).start()
 
     def close(self, seconds: float) -> None:
-        """End what runs. It has some seconds for that."""
-        self.kill_commands()
+        """Give answers some seconds to be sent, then kill the commands that run."""
         self.outbox.close(seconds)
-        self.kill_commands()  # a turn may have begun another one
-
-    def kill_commands(self) -> None:
-        """Kill the commands of bash that are running."""
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
                 kill_command(thing)
@@ -2666,17 +2663,19 @@ class BindingTable:
         self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
         try:
-            self.load()
+            for problem in self.load():
+                print(f"[{problem}]")
         except ValueError as error:
             print(f"[{error}]")
 
-    def load(self) -> None:
-        """Read the file. An entry that cannot be used is named and left out.
+    def load(self) -> list[str]:
+        """Read the file. Returns what is wrong with the entries that are left out.
 
         Raises ValueError if the file as a whole cannot be used.
         """
         bindings = []
         unusable = []
+        problems = []
         for position, entry in enumerate(load_config(self.file, list), 1):
             try:
                 binding = Binding.model_validate(entry)
@@ -2684,9 +2683,11 @@ class BindingTable:
                 bindings.append(binding)
             except ValueError as error:
                 unusable.append(entry)
-                print(f"[bindings.json, entry {position}: {short_reason(error)}]")
+                reason = short_reason(error)
+                problems.append(f"bindings.json, entry {position}: {reason}")
         self.unusable = unusable
         self.use(bindings)
+        return problems
 
     def check(self, binding: Binding) -> None:
         """Raise ValueError if a binding could never apply."""
@@ -3198,13 +3199,14 @@ async def rpc_history(
     if agent_of(key) not in app.agents.agents:
         raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
+    unanswered = await asyncio.to_thread(app.unanswered)
     found = await asyncio.to_thread(app.find_session, key)
     messages = []
     if found is not None:
         messages = transcript(found)
     known = [message["id"] for message in messages]
     waiting = []  # what is not in the session yet
-    for each in app.unanswered():
+    for each in unanswered:
         if app.session_key(each) == key and each.id not in known:
             waiting.append({"id": each.id, "text": each.text})
     return {
@@ -3380,8 +3382,10 @@ class GatewayApp(App):
             self.gateway.publish(agent.session_key, f"turn.{kind}", text=text)
 
     def end_turn(self, agent: Agent, message: InboundMessage, answer: str) -> None:
-        """Tell web clients that a message is answered."""
+        """Tell web clients that a message is answered: their own needs no sending."""
         super().end_turn(agent, message, answer)
+        if message.channel == "web":
+            self.inbox.done(message)
         session_id = agent.messages.path.stem  # another one after /new
         key = agent.session_key
         self.gateway.loop.loop.call_soon_threadsafe(self.gateway.note_ended, key)
@@ -3393,7 +3397,6 @@ class GatewayApp(App):
         """Web clients have seen the answer; all others have it sent."""
         if message.channel == "web":
             self.gateway.log(f"to {message.sender}: {answer}")
-            self.inbox.done(message)
         else:
             super().reply(message, answer)
 

@@ -1,0 +1,1561 @@
+// The web chat: one page that talks with the gateway over a WebSocket.
+//
+//   composer --> outbox --> send            the outbox survives a lost connection
+//   log      <-- history, then turn events  the history is what is true
+//   panel    <-- agents, sessions, bindings
+//
+// A turn is a question with all that answers it. Text of the model or of another
+// person gets into the page only as textContent or through renderMarkdown().
+
+const { marked, DOMPurify } = window;
+
+// --- state ---
+
+const HISTORY_LIMIT = 200; // messages
+const MAX_RETRY_SECONDS = 15;
+const PANEL_SECONDS = 5; // between two looks at what others may have changed
+const MAX_MESSAGE = 1_000_000; // bytes, somewhat less than the gateway takes
+const NEAR_END = 32; // pixels from the end of the log that count as "at the end"
+
+const state = {
+  token: localStorage.getItem("token") ?? "",
+  peer: localStorage.getItem("peer") ?? newPeer(),
+  session: "", // the key of the session that is shown
+  sessionId: "", // changes with /new and /switch
+  label: "", // of that session
+  agent: "",
+  reading: "", // the key of another session while that one is shown
+  ownSession: "", // the key of this chat's session meanwhile
+  running: null, // the turn that is being answered
+  isAtEnd: true, // whether the log follows what is new
+  unread: 0, // answers that came while the page was hidden
+  loads: 0, // histories asked for so far
+  recalled: "", // the message that ArrowUp has brought back
+  closedFor: "", // the text that Escape has closed the completions for
+  agents: [],
+  sessions: [],
+  bindings: [],
+  commands: [],
+};
+const turns = new Map(); // key of the question: the turn, in the order of the log
+
+const byId = (id) => document.getElementById(id);
+const page = byId("page");
+const panel = byId("panel");
+const scroller = byId("scroller");
+const log = byId("log");
+const composer = byId("composer");
+const textField = byId("text");
+const completions = byId("completions");
+
+function newPeer() {
+  const peer = `browser-${randomText(6)}`;
+  localStorage.setItem("peer", peer);
+  return peer;
+}
+
+function randomText(length) {
+  const letters = "abcdefghijklmnopqrstuvwxyz0123456789";
+  const numbers = crypto.getRandomValues(new Uint8Array(length));
+  return Array.from(numbers, (number) => letters[number % 36]).join("");
+}
+
+function make(tag, className, ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+function copyOf(templateId) {
+  return byId(templateId).content.firstElementChild.cloneNode(true);
+}
+
+// --- connection ---
+
+let socket = null;
+let failedTries = 0;
+let retryTimer = 0;
+let lastRequest = 0;
+const requests = new Map(); // id: what to do with the answer
+
+function isConnected() {
+  return socket?.readyState === WebSocket.OPEN;
+}
+
+function connect() {
+  clearTimeout(retryTimer);
+  if (socket && socket.readyState !== WebSocket.CLOSED) {
+    return;
+  }
+  socket = new WebSocket(socketAddress());
+  let wasOpen = false;
+  socket.onopen = () => {
+    wasOpen = true;
+    onConnected();
+  };
+  socket.onmessage = (message) => onFrame(JSON.parse(message.data));
+  socket.onclose = () => onDisconnected(wasOpen);
+}
+
+function socketAddress() {
+  const scheme = location.protocol === "https:" ? "wss:" : "ws:";
+  const token = encodeURIComponent(state.token);
+  return `${scheme}//${location.host}/ws?token=${token}`;
+}
+
+async function onConnected() {
+  failedTries = 0;
+  closeDoor();
+  showConnection("connected");
+  // Requests are answered in order, so the history knows of what is sent before it.
+  sendOutbox();
+  state.commands = await call("commands.list");
+  await loadHistory();
+  await refreshPanel();
+}
+
+async function onDisconnected(wasOpen) {
+  for (const request of requests.values()) {
+    request.reject(new ConnectionLost("the connection is lost"));
+  }
+  requests.clear();
+  for (const turn of turns.values()) {
+    turn.isLive = false; // pieces of its answer may be missed from now on
+  }
+  if (!wasOpen && (await isTokenRefused())) {
+    askForToken();
+    return;
+  }
+  showConnection("trying");
+  const seconds = Math.min(0.5 * 2 ** failedTries, MAX_RETRY_SECONDS);
+  failedTries += 1;
+  retryTimer = setTimeout(connect, 1000 * seconds);
+}
+
+// A browser does not say why a WebSocket was refused; a plain request tells.
+async function isTokenRefused() {
+  try {
+    const address = `/ws?token=${encodeURIComponent(state.token)}`;
+    const response = await fetch(address, { cache: "no-store" });
+    return response.status === 401;
+  } catch {
+    return false; // the gateway is not reachable at all
+  }
+}
+
+function showConnection(name) {
+  const texts = { connected: "Connected", trying: "Not connected" };
+  byId("connection").dataset.state = name;
+  byId("connection").textContent = texts[name];
+  const banner = byId("banner");
+  banner.hidden = name === "connected";
+  banner.textContent = "The gateway is not reachable; trying again";
+  for (const turn of turns.values()) {
+    showTurnState(turn);
+  }
+  showTitle();
+}
+
+class ConnectionLost extends Error {}
+
+// What a lost connection cuts off is asked for again on the next one.
+window.addEventListener("unhandledrejection", (event) => {
+  if (event.reason instanceof ConnectionLost) {
+    event.preventDefault();
+  } else {
+    showNotice(`This did not work: ${event.reason.message}`);
+  }
+});
+
+function call(method, params = {}) {
+  return new Promise((resolve, reject) => {
+    if (!isConnected()) {
+      reject(new ConnectionLost("the gateway is not reachable"));
+      return;
+    }
+    lastRequest += 1;
+    requests.set(lastRequest, { resolve, reject });
+    const request = { jsonrpc: "2.0", method, params, id: lastRequest };
+    socket.send(JSON.stringify(request));
+  });
+}
+
+function onFrame(frame) {
+  if (frame.method) {
+    onEvent(frame.method, frame.params);
+    return;
+  }
+  const request = requests.get(frame.id);
+  requests.delete(frame.id);
+  if (frame.error) {
+    const error = new Error(frame.error.message);
+    error.code = frame.error.code;
+    request?.reject(error);
+  } else {
+    request?.resolve(frame.result);
+  }
+}
+
+// The token
+
+function takeTokenFromAddress() {
+  const match = /[#&]token=([^&]*)/.exec(location.hash);
+  if (!match) {
+    return false;
+  }
+  useToken(decodeURIComponent(match[1]));
+  // Otherwise it would stay in the history of the browser and in screenshots.
+  history.replaceState(null, "", location.pathname);
+  return true;
+}
+
+function useToken(token) {
+  state.token = token;
+  localStorage.setItem("token", token);
+}
+
+function askForToken() {
+  page.hidden = true;
+  setPanel(false);
+  byId("door").hidden = false;
+  const hadOne = state.token !== "";
+  byId("door-error").textContent = hadOne ? "The gateway refuses this token." : "";
+  byId("token").focus();
+  document.title = "Web chat: link needed";
+}
+
+function closeDoor() {
+  if (!byId("door").hidden) {
+    byId("door").hidden = true;
+    page.hidden = false;
+    textField.focus();
+  }
+}
+
+byId("door-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const entry = byId("token").value.trim();
+  const match = /[#&]token=([^&]*)/.exec(entry);
+  useToken(match ? decodeURIComponent(match[1]) : entry);
+  byId("token").value = "";
+  connect();
+});
+
+// --- Markdown ---
+
+const ALLOWED_TAGS = (
+  "a blockquote br code del em h4 h5 h6 hr li ol p pre strong" +
+  " table tbody td th thead tr ul"
+).split(" ");
+const SANITIZE = {
+  ALLOWED_TAGS,
+  ALLOWED_ATTR: ["align", "class", "href", "start"],
+  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"],
+  ALLOW_ARIA_ATTR: false,
+  ALLOW_DATA_ATTR: false,
+  RETURN_DOM_FRAGMENT: true,
+};
+
+const markdown = new marked.Marked({
+  breaks: true,
+  gfm: true,
+  renderer: {
+    // The page has headings of its own above those of an answer.
+    heading({ tokens, depth }) {
+      const level = Math.min(depth + 3, 6);
+      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
+    },
+    // HTML in an answer is shown as it is written, so that no text gets lost.
+    html({ text, block }) {
+      if (/^<br\s*\/?>$/i.test(text)) {
+        return "<br>";
+      }
+      const shown = escapeHtml(text.trimEnd()).replaceAll("\n", "<br>");
+      return block ? `<p>${shown}</p>` : shown;
+    },
+    // An image would be loaded from a foreign server, so it becomes a link.
+    image({ href, text }) {
+      return `<a href="${escapeHtml(href)}">Image: ${escapeHtml(text || href)}</a>`;
+    },
+    checkbox({ checked }) {
+      return checked ? "☑ " : "☐ ";
+    },
+  },
+});
+
+function escapeHtml(text) {
+  const entities = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
+  return text.replace(/[&<>"]/g, (character) => entities[character]);
+}
+
+// The only way for foreign text to become HTML. Returns a DocumentFragment.
+function renderMarkdown(text) {
+  const fragment = DOMPurify.sanitize(markdown.parse(text), SANITIZE);
+  for (const link of fragment.querySelectorAll("a[href]")) {
+    link.target = "_blank";
+    link.rel = "noopener noreferrer";
+    link.title = link.getAttribute("href");
+  }
+  for (const block of fragment.querySelectorAll("pre")) {
+    addCodeHead(block);
+  }
+  for (const table of fragment.querySelectorAll("table")) {
+    const frame = make("div", "table-frame");
+    frame.tabIndex = 0; // a wide table scrolls, also by keyboard
+    table.replaceWith(frame);
+    frame.append(table);
+  }
+  return fragment;
+}
+
+function addCodeHead(block) {
+  const language = block.querySelector("code")?.className.replace("language-", "");
+  const button = make("button", "copy-code text-button", "Copy");
+  button.type = "button";
+  button.setAttribute("aria-label", "Copy code");
+  const head = make("div", "code-head", make("span", "", language || "text"), button);
+  const frame = make("div", "code-frame", head);
+  block.tabIndex = 0;
+  block.replaceWith(frame);
+  frame.append(block);
+}
+
+// Change only the nodes that differ: a selection and the place in a code block stay.
+function patchChildren(target, fresh) {
+  const nodes = [...fresh.childNodes];
+  nodes.forEach((node, index) => {
+    const old = target.childNodes[index];
+    if (!old) {
+      target.append(node);
+    } else if (!old.isEqualNode(node)) {
+      patchNode(old, node);
+    }
+  });
+  while (target.childNodes.length > nodes.length) {
+    target.lastChild.remove();
+  }
+}
+
+function patchNode(old, fresh) {
+  const isText = old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE;
+  if (isText) {
+    old.data = fresh.data;
+  } else if (old.cloneNode(false).isEqualNode(fresh.cloneNode(false))) {
+    patchChildren(old, fresh);
+  } else {
+    old.replaceWith(fresh);
+  }
+}
+
+// --- the log: turns ---
+
+function messageKey(message) {
+  return message.id || `${message.time}:${message.text}`; // the terminal has no ids
+}
+
+function findOrAddTurn(key, text, time) {
+  const turn = turns.get(key) ?? addTurn(key, text);
+  if (time) {
+    turn.time = time;
+  }
+  return turn;
+}
+
+function addTurn(key, text) {
+  const element = copyOf("turn-template");
+  const part = (name) => element.querySelector(`.${name}`);
+  const turn = {
+    key,
+    text,
+    element,
+    part,
+    isOwn: key.startsWith(`web:${state.peer}:`),
+    time: 0,
+    state: "", // unsent, waiting, running, done, refused or unknown
+    reason: "", // why it was refused
+    isLive: false, // every piece of the answer since its beginning has arrived
+    answers: [], // Markdown
+    answerElement: null, // where the pieces go that arrive now
+    renderTimer: 0,
+    renderPause: 0, // milliseconds
+    openCalls: [], // tool calls without a result
+    hasTools: false,
+    isStale: false, // the history has it better than it is shown
+    hasNotes: false,
+  };
+  part("question-text").textContent = text;
+  turns.set(key, turn);
+  placeBeforeWaiting(element);
+  return turn;
+}
+
+// What waits for its turn stands at the end.
+function placeBeforeWaiting(element) {
+  const waiting = log.querySelector(
+    ':scope > [data-state="waiting"], :scope > [data-state="unsent"]',
+  );
+  log.insertBefore(element, waiting);
+  byId("empty").hidden = true;
+  byId("nothing").hidden = true;
+}
+
+function setTurnState(turn, name) {
+  turn.state = name;
+  if (name === "running") {
+    state.running = turn;
+  } else if (state.running === turn) {
+    state.running = null;
+  }
+  showTurnState(turn);
+  showTitle();
+  showStopButton();
+}
+
+function showTurnState(turn) {
+  const labels = {
+    unsent: isConnected() ? "Sending" : "Not sent yet",
+    waiting: "Waiting",
+    refused: `Not taken: ${turn.reason}`,
+    unknown: "Sent; there is no answer here yet",
+  };
+  turn.element.dataset.state = turn.state;
+  const line = turn.part("question-state");
+  line.replaceChildren(labels[turn.state] ?? "");
+  if (turn.time && !labels[turn.state]) {
+    line.append(timeElement(turn.time));
+  }
+  if (turn.state === "refused") {
+    line.append(sendAgainButton());
+  }
+  const isRunning = turn.state === "running";
+  turn.part("working").hidden = !isRunning;
+  if (isRunning) {
+    turn.part("answer").hidden = false;
+    turn.part("speaker").textContent = speakerOf(turn);
+    turn.part("working-text").textContent = workingText(turn);
+  }
+}
+
+function isCommand(turn) {
+  return turn.text.startsWith("/");
+}
+
+function speakerOf(turn) {
+  return isCommand(turn) ? "gateway" : state.agent;
+}
+
+function workingText(turn) {
+  const call = turn.openCalls[0];
+  if (call) {
+    return `${state.agent} uses ${call.querySelector(".tool-name").textContent}`;
+  }
+  return `${speakerOf(turn)} is working`;
+}
+
+function sendAgainButton() {
+  const button = make("button", "send-again text-button", "Send again");
+  button.type = "button";
+  return button;
+}
+
+function timeElement(seconds) {
+  const date = new Date(1000 * seconds);
+  const isToday = date.toDateString() === new Date().toDateString();
+  const format = isToday
+    ? { timeStyle: "short" }
+    : { dateStyle: "medium", timeStyle: "short" };
+  const element = make("time", "", date.toLocaleString(undefined, format));
+  element.dateTime = date.toISOString();
+  return element;
+}
+
+// The parts of an answer
+
+function addPart(turn, element) {
+  turn.part("answer").hidden = false;
+  turn.part("speaker").textContent = speakerOf(turn);
+  turn.part("parts").append(element);
+}
+
+function addAnswer(turn, text) {
+  turn.answerElement = make("div", "text");
+  turn.answers.push(text);
+  addPart(turn, turn.answerElement);
+  renderAnswer(turn);
+}
+
+function addAnswerPiece(turn, piece) {
+  if (turn.answerElement) {
+    turn.answers.push(turn.answers.pop() + piece);
+    renderSoon(turn);
+  } else if (piece.trim()) {
+    addAnswer(turn, piece.trimStart());
+  }
+}
+
+function endAnswerPart(turn) {
+  if (turn.answerElement) {
+    renderAnswer(turn);
+  }
+  turn.answerElement = null;
+}
+
+function renderAnswer(turn) {
+  patchChildren(turn.answerElement, renderMarkdown(turn.answers.at(-1)));
+}
+
+// Pieces arrive faster than anybody reads. Rendering may take a fifth of the time.
+function renderSoon(turn) {
+  if (turn.renderTimer) {
+    return;
+  }
+  turn.renderTimer = setTimeout(() => {
+    turn.renderTimer = 0;
+    const start = performance.now();
+    if (turn.answerElement) {
+      renderAnswer(turn);
+    }
+    turn.renderPause = Math.max(40, 4 * (performance.now() - start));
+  }, turn.renderPause);
+}
+
+function addToolCall(turn, name, callArguments) {
+  endAnswerPart(turn);
+  const element = copyOf("tool-template");
+  element.querySelector(".tool-name").textContent = name;
+  element.querySelector(".tool-arguments").textContent = callArguments;
+  element.querySelector(".tool-input").textContent = prettyJson(callArguments);
+  turn.openCalls.push(element);
+  turn.hasTools = true;
+  addPart(turn, element);
+}
+
+function addToolResult(turn, text) {
+  const element = turn.openCalls.shift(); // results come in the order of the calls
+  if (element) {
+    element.querySelector(".tool-result").textContent = text;
+    element.querySelector(".tool-state").textContent = "done";
+    element.classList.add("is-done");
+  }
+}
+
+function prettyJson(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text; // cut off, or no JSON
+  }
+}
+
+function addNote(turn, text) {
+  endAnswerPart(turn);
+  turn.hasNotes = true;
+  const label = make("strong", "note-label", "Note");
+  const note = make("div", "note", label, make("span", "", text));
+  addPart(turn, note);
+}
+
+// A turn without an answer has failed: its last note says why.
+function markFailed(turn) {
+  const note = [...turn.element.querySelectorAll(".note")].at(-1);
+  note.classList.add("is-error");
+  note.querySelector(".note-label").textContent = "Error";
+  note.append(sendAgainButton());
+}
+
+function addCommandResult(turn, text) {
+  const result = make("pre", "command-result", text);
+  result.tabIndex = 0;
+  addPart(turn, result);
+}
+
+function finishTurn(turn, time) {
+  endAnswerPart(turn);
+  turn.openCalls = [];
+  turn.isLive = false;
+  setTurnState(turn, "done");
+  turn.part("answer-foot").hidden = turn.answers.length === 0;
+  if (time) {
+    turn.part("answer-time").replaceChildren(timeElement(time));
+  }
+}
+
+// Show what the history has of a turn, in place of what was pieced together.
+function fillTurn(turn, replies) {
+  const parts = turn.part("parts");
+  const openTools = [...parts.querySelectorAll(".tool")].map((tool) => tool.open);
+  const notes = [...parts.querySelectorAll(".note")]; // the history has none
+  parts.replaceChildren();
+  turn.answers = [];
+  turn.answerElement = null;
+  turn.openCalls = [];
+  for (const reply of replies) {
+    addReply(turn, reply);
+  }
+  parts.append(...notes);
+  parts.querySelectorAll(".tool").forEach((tool, index) => {
+    tool.open = openTools[index] ?? false;
+  });
+}
+
+function addReply(turn, reply) {
+  if (reply.role === "tool") {
+    addToolResult(turn, reply.text);
+    return;
+  }
+  if (reply.text.trim()) {
+    addAnswer(turn, reply.text.trim());
+  }
+  for (const call of reply.calls) {
+    addToolCall(turn, call.name, call.arguments);
+  }
+}
+
+function addDivider(text) {
+  placeBeforeWaiting(make("h2", "divider", text));
+}
+
+// --- history ---
+
+async function loadHistory() {
+  state.loads += 1;
+  const load = state.loads;
+  const which = state.reading ? { session: state.reading } : { peer: state.peer };
+  const params = { ...which, limit: HISTORY_LIMIT };
+  const history = await call("sessions.history", params);
+  if (load === state.loads) { // no other one was asked for meanwhile
+    showHistory(history);
+  }
+}
+
+function showHistory(history) {
+  beginConversation(history);
+  const groups = groupTurns(history.messages);
+  for (const [key, group] of groups) {
+    const turn = findOrAddTurn(key, group.question.text, group.question.time);
+    if (turn.isLive || (turn.state === "done" && !turn.isStale)) {
+      continue; // it is complete as it is
+    }
+    turn.isStale = false;
+    fillTurn(turn, group.replies);
+    if (key !== history.running) {
+      finishTurn(turn);
+    }
+  }
+  for (const message of history.waiting) {
+    const turn = findOrAddTurn(messageKey(message), message.text);
+    const hasBegun = turn.isLive || turn.state === "done"; // events are faster
+    if (!hasBegun) {
+      log.append(turn.element);
+      setTurnState(turn, "waiting");
+    }
+  }
+  const running = turns.get(history.running);
+  if (running && !running.isLive) {
+    setTurnState(running, "running");
+  }
+  settleTurns(history, groups);
+  showOutbox();
+  showView();
+}
+
+// Clear the log if the history is of another conversation than the one shown.
+function beginConversation(history) {
+  const isSameSession = history.session === state.session;
+  const isSame = isSameSession && [history.id, ""].includes(state.sessionId);
+  const isNew = isSameSession && !isSame && history.messages.length === 0;
+  if (!isSame && !isNew) {
+    log.replaceChildren();
+    turns.clear();
+    state.running = null;
+    state.isAtEnd = true;
+  }
+  if (history.messages.length >= HISTORY_LIMIT && turns.size === 0) {
+    addDivider("Older messages are not shown");
+  }
+  if (isNew) {
+    addDivider(["New conversation", history.label].filter(Boolean).join(": "));
+  } else if (history.label && (history.label !== state.label || turns.size === 0)) {
+    addDivider(history.label);
+  }
+  state.session = history.session;
+  state.sessionId = history.id;
+  state.label = history.label;
+  state.agent = history.agent;
+}
+
+function groupTurns(messages) {
+  const groups = new Map();
+  let group = null; // none before the first question: the limit has cut it off
+  for (const message of messages) {
+    if (message.role === "user") {
+      group = { question: message, replies: [] };
+      let key = messageKey(message);
+      while (groups.has(key)) {
+        key += "+"; // the same words again, of an old session without ids
+      }
+      groups.set(key, group);
+    } else {
+      group?.replies.push(message);
+    }
+  }
+  return groups;
+}
+
+// A turn may have ended while the page was not connected, without an answer.
+function settleTurns(history, groups) {
+  const known = new Set(history.waiting.map(messageKey));
+  known.add(history.running);
+  for (const [key, turn] of turns) {
+    const isOpen = turn.state === "waiting" || turn.state === "running";
+    if (isOpen && !turn.isLive && !known.has(key) && !groups.has(key)) {
+      setTurnState(turn, "unknown");
+    }
+  }
+}
+
+// --- events ---
+
+function onEvent(name, event) {
+  if (event.session !== state.session) {
+    onOtherSession(name, event);
+    return;
+  }
+  if (name === "turn.begin") {
+    beginTurn(event);
+  } else if (name === "turn.end") {
+    endTurn(event);
+  } else if (state.running) {
+    addToTurn(state.running, name, event.text);
+  }
+}
+
+function onOtherSession(name, event) {
+  const isOwn = event.id?.startsWith(`web:${state.peer}:`);
+  if (isOwn && !state.reading && name === "turn.begin") {
+    loadHistory(); // a binding has changed: this chat has another session now
+  }
+  if (isOwn && state.reading && name === "turn.end") {
+    byId("back").textContent = "Back to my chat: there is an answer";
+  }
+}
+
+function beginTurn(event) {
+  const turn = findOrAddTurn(messageKey(event), event.text, event.time);
+  turn.isLive = true;
+  // After a restart of the gateway, a turn begins once more and goes on.
+  turn.isStale = turn.part("parts").childElementCount > 0;
+  endAnswerPart(turn);
+  setTurnState(turn, "running");
+  placeBeforeWaiting(turn.element);
+}
+
+function addToTurn(turn, name, text) {
+  if (name === "turn.answer") {
+    addAnswerPiece(turn, text);
+  } else if (name === "turn.tool_call") {
+    const [toolName, ...rest] = text.split(" ");
+    addToolCall(turn, toolName, rest.join(" "));
+  } else if (name === "turn.tool_result") {
+    addToolResult(turn, text);
+  } else if (name === "turn.note") {
+    addNote(turn, text);
+  }
+  showTurnState(turn);
+}
+
+function endTurn(event) {
+  const turn = turns.get(event.id) ?? state.running;
+  if (!turn) {
+    loadHistory();
+    return;
+  }
+  const isComplete = turn.isLive;
+  endAnswerPart(turn);
+  if (turn.answers.length === 0 && !turn.hasNotes && event.text) {
+    showWholeText(turn, event.text);
+  } else if (turn.answers.length === 0 && turn.hasNotes) {
+    markFailed(turn);
+  }
+  finishTurn(turn, Date.now() / 1000);
+  announce(`${speakerOf(turn)}: ${turn.part("parts").innerText}`);
+  countUnread();
+  // Tool calls are shown shortened while they run; the history has them whole.
+  turn.isStale ||= turn.hasTools || !isComplete;
+  if (turn.isStale || event.session_id !== state.sessionId) {
+    loadHistory();
+  }
+  refreshPanel();
+}
+
+function showWholeText(turn, text) {
+  if (isCommand(turn)) {
+    addCommandResult(turn, text);
+  } else {
+    addAnswer(turn, text);
+  }
+}
+
+// --- the view: title, place in the log, announcements ---
+
+function showView() {
+  const where = describeSession(state.session);
+  const tier = `routed by the ${decidingTier().name} tier`;
+  const about = [state.label, state.reading ? where.detail : tier];
+  byId("title").textContent = state.reading ? where.name : state.agent;
+  byId("subtitle").textContent = about.filter(Boolean).join(", ");
+  byId("empty-agent").textContent = state.agent;
+  byId("empty").hidden = turns.size > 0 || state.reading !== "";
+  byId("nothing").hidden = turns.size > 0 || state.reading === "";
+  byId("reading").hidden = !state.reading;
+  byId("reading-name").textContent = `${where.name}, agent ${state.agent}`;
+  composer.hidden = state.reading !== "";
+  byId("new").hidden = state.reading !== "";
+  showTitle();
+  showStopButton();
+}
+
+function showTitle() {
+  const name = state.agent ? `${state.agent} - web chat` : "Web chat";
+  if (state.unread > 0) {
+    document.title = `(${state.unread}) ${name}`;
+  } else if (!isConnected()) {
+    document.title = `Not connected: ${name}`;
+  } else if (state.running) {
+    document.title = `Working: ${name}`;
+  } else {
+    document.title = name;
+  }
+}
+
+function countUnread() {
+  if (document.hidden) {
+    state.unread += 1;
+    showTitle();
+  }
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) {
+    state.unread = 0;
+    showTitle();
+    if (!isConnected() && state.token) {
+      connect();
+    }
+  }
+});
+
+// The log follows its end while the reader is there; else it stays where it is.
+
+let lastTop = 0; // where the log was at the last look
+
+function scrollToEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+  checkPlace();
+}
+
+// Only a reader moves the log up. (New text also leaves the end behind for a moment.)
+function checkPlace() {
+  const top = scroller.scrollTop;
+  const rest = scroller.scrollHeight - top - scroller.clientHeight;
+  if (rest < NEAR_END) {
+    state.isAtEnd = true;
+  } else if (top < lastTop) {
+    state.isAtEnd = false;
+  }
+  lastTop = top;
+  byId("jump").hidden = state.isAtEnd;
+}
+
+scroller.addEventListener("scroll", checkPlace);
+
+const sizes = new ResizeObserver(() => {
+  if (state.isAtEnd) {
+    scrollToEnd();
+  } else {
+    checkPlace();
+  }
+});
+sizes.observe(log);
+sizes.observe(scroller);
+
+// Whoever unfolds a tool call wants to read it, and not what is below it.
+log.addEventListener("click", (event) => {
+  if (event.target.closest("summary")) {
+    state.isAtEnd = false;
+  }
+});
+
+byId("jump").addEventListener("click", () => {
+  scrollToEnd();
+  textField.focus();
+});
+
+// A screen reader gets whole messages, not each piece of a stream.
+function announce(text) {
+  byId("announcer").textContent = text;
+}
+
+let noticeTimer = 0;
+
+function showNotice(text, actionName, action) {
+  const notice = byId("notice");
+  notice.replaceChildren(text);
+  announce(text);
+  if (action) {
+    const button = make("button", "text-button", actionName);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      notice.hidden = true;
+      action();
+    });
+    notice.append(button);
+  }
+  notice.hidden = false;
+  clearTimeout(noticeTimer);
+  const seconds = action ? 12 : 5;
+  noticeTimer = setTimeout(() => {
+    notice.hidden = true;
+  }, 1000 * seconds);
+}
+
+log.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  const turn = [...turns.values()].find((each) => each.element.contains(button));
+  if (!button || !turn) {
+    return;
+  }
+  if (button.matches(".copy-code")) {
+    copy(button, button.closest(".code-frame").querySelector("pre").textContent);
+  } else if (button.matches(".copy-answer")) {
+    copy(button, turn.answers.join("\n\n"));
+  } else if (button.matches(".send-again")) {
+    sendAgain(turn);
+  }
+});
+
+async function copy(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch (error) {
+    showNotice(`Not copied: ${error.message}`);
+    return;
+  }
+  const before = button.textContent;
+  button.textContent = "Copied";
+  announce("Copied");
+  setTimeout(() => {
+    button.textContent = before;
+  }, 1500);
+}
+
+// --- composer: sending ---
+
+// Messages that the gateway has not taken yet. All tabs share them. The gateway
+// accepts an id once, so a message may be sent again when in doubt.
+function readOutbox() {
+  return JSON.parse(localStorage.getItem("outbox") ?? "[]");
+}
+
+function changeOutbox(change) {
+  localStorage.setItem("outbox", JSON.stringify(change(readOutbox())));
+}
+
+function say(text) {
+  const entry = { id: randomText(12), text };
+  changeOutbox((entries) => [...entries, entry]);
+  state.isAtEnd = true;
+  showOutbox();
+  deliver(entry);
+}
+
+function showOutbox() {
+  if (state.reading) {
+    return;
+  }
+  for (const entry of readOutbox()) {
+    const turn = findOrAddTurn(outboxKey(entry), entry.text);
+    if (["", "unsent"].includes(turn.state)) {
+      setTurnState(turn, "unsent");
+      log.append(turn.element);
+    }
+  }
+}
+
+function outboxKey(entry) {
+  return `web:${state.peer}:${entry.id}`;
+}
+
+function sendOutbox() {
+  readOutbox().forEach(deliver);
+}
+
+async function deliver(entry) {
+  const params = { text: entry.text, peer: state.peer, id: entry.id };
+  try {
+    const result = await call("send", params);
+    forget(entry);
+    onAccepted(entry, result);
+  } catch (error) {
+    if (error.code) { // the gateway has answered: to send it once more is of no use
+      forget(entry);
+      onRefused(entry, error.message);
+    }
+  }
+}
+
+function forget(entry) {
+  changeOutbox((entries) => entries.filter((other) => other.id !== entry.id));
+}
+
+function onAccepted(entry, result) {
+  const turn = turns.get(outboxKey(entry));
+  if (turn?.state === "unsent") {
+    setTurnState(turn, "waiting");
+  }
+  if (!state.reading && state.session && result.session !== state.session) {
+    loadHistory();
+  }
+}
+
+function onRefused(entry, reason) {
+  const turn = turns.get(outboxKey(entry));
+  if (turn) {
+    turn.reason = reason;
+    setTurnState(turn, "refused");
+  }
+}
+
+function sendAgain(turn) {
+  if (turn.state === "refused") {
+    turn.element.remove();
+    turns.delete(turn.key);
+  }
+  say(turn.text);
+}
+
+function isTooLong(text) {
+  return new TextEncoder().encode(JSON.stringify(text)).length > MAX_MESSAGE;
+}
+
+function showStopButton() {
+  const canStop = state.commands.some((command) => nameOf(command) === "/stop");
+  byId("stop").hidden = !(canStop && state.running && !state.reading);
+}
+
+byId("stop").addEventListener("click", () => say("/stop"));
+byId("new").addEventListener("click", () => {
+  say("/new");
+  textField.focus();
+});
+
+composer.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = textField.value.trim();
+  if (isTooLong(text)) {
+    showNotice("This is too long for one message. Put it into a file instead.");
+  } else if (text) {
+    setText("");
+    say(text);
+  }
+  textField.focus();
+});
+
+// --- composer: typing ---
+
+function setText(text) {
+  textField.value = text;
+  onTyped();
+}
+
+function onTyped() {
+  localStorage.setItem("draft", textField.value);
+  byId("send").disabled = textField.value.trim() === "";
+  textField.style.height = "auto";
+  textField.style.height = `${textField.scrollHeight}px`;
+  showCompletions();
+}
+
+textField.addEventListener("input", onTyped);
+
+// An Enter that ends a word of an input method does not send.
+function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
+textField.addEventListener("keydown", (event) => {
+  if (isComposing(event) || onCompletionKey(event)) {
+    return;
+  }
+  const isTouch = matchMedia("(pointer: coarse)").matches; // no Shift+Enter there
+  const wantsLine = event.shiftKey || (isTouch && !event.ctrlKey);
+  if (event.key === "Enter" && !wantsLine) {
+    event.preventDefault();
+    composer.requestSubmit();
+  } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
+    recall(event);
+  } else if (event.key === "PageUp" || event.key === "PageDown") {
+    const direction = event.key === "PageUp" ? -1 : 1;
+    scroller.scrollBy(0, direction * 0.8 * scroller.clientHeight);
+  }
+});
+
+// ArrowUp in an empty field brings back the last message, and then those before it.
+function recall(event) {
+  const own = [...turns.values()].filter((turn) => turn.isOwn);
+  const texts = ["", ...own.map((turn) => turn.text).reverse()];
+  const position = texts.indexOf(textField.value);
+  const isRecalled = position === 0 || textField.value === state.recalled;
+  const next = position + (event.key === "ArrowUp" ? 1 : -1);
+  if (isRecalled && next >= 0 && next < texts.length) {
+    event.preventDefault();
+    state.recalled = texts[next];
+    setText(texts[next]);
+  }
+}
+
+// Completion of commands
+
+function nameOf(command) {
+  return command.usage.split(" ")[0];
+}
+
+function matchingCommands() {
+  const text = textField.value;
+  const isTypingName = /^\/\S*$/.test(text);
+  const isName = state.commands.some((command) => nameOf(command) === text);
+  if (!isTypingName || isName || state.closedFor === text) {
+    return [];
+  }
+  return state.commands.filter((command) => nameOf(command).startsWith(text));
+}
+
+function showCompletions() {
+  const options = matchingCommands().map((command, index) => {
+    const usage = make("span", "usage", command.usage);
+    const option = make("li", "", usage, make("span", "about", command.about));
+    option.id = `completion-${index}`;
+    option.role = "option";
+    option.dataset.name = nameOf(command);
+    return option;
+  });
+  completions.replaceChildren(...options);
+  completions.hidden = options.length === 0;
+  chooseOption(options[0]);
+}
+
+function chosenOption() {
+  return completions.querySelector('[aria-selected="true"]');
+}
+
+function chooseOption(option) {
+  for (const each of completions.children) {
+    each.ariaSelected = String(each === option);
+  }
+  if (option) {
+    textField.setAttribute("aria-activedescendant", option.id);
+    option.scrollIntoView({ block: "nearest" });
+  } else {
+    textField.removeAttribute("aria-activedescendant");
+  }
+}
+
+// Whether a key was meant for the list of commands.
+function onCompletionKey(event) {
+  const option = chosenOption();
+  if (!option || event.shiftKey) {
+    return false;
+  }
+  if (event.key === "ArrowDown") {
+    chooseOption(option.nextElementSibling ?? completions.firstElementChild);
+  } else if (event.key === "ArrowUp") {
+    chooseOption(option.previousElementSibling ?? completions.lastElementChild);
+  } else if (event.key === "Enter" || event.key === "Tab") {
+    complete(option);
+  } else if (event.key === "Escape") {
+    state.closedFor = textField.value;
+    showCompletions();
+  } else {
+    return false;
+  }
+  event.preventDefault();
+  return true;
+}
+
+function complete(option) {
+  const command = state.commands.find((each) => nameOf(each) === option.dataset.name);
+  const takesMore = command.usage !== nameOf(command);
+  setText(takesMore ? `${nameOf(command)} ` : nameOf(command));
+  textField.focus();
+}
+
+completions.addEventListener("pointerdown", (event) => {
+  event.preventDefault(); // the focus stays in the field
+  const option = event.target.closest("li");
+  if (option) {
+    complete(option);
+  }
+});
+
+// --- panel: which binding leads this chat to which agent ---
+
+// The tiers, the narrowest first, and whether a binding belongs to one for this chat.
+const TIERS = [
+  {
+    name: "peer",
+    fits: (binding) => isOfWebAccount(binding) && binding.peer === state.peer,
+  },
+  { name: "guild", fits: () => false }, // web chats have none
+  {
+    name: "account",
+    fits: (binding) => binding.channel === "web" && binding.account === "default",
+  },
+  { name: "channel", fits: (binding) => binding.channel === "web" },
+  { name: "default", fits: () => true },
+];
+
+function isOfWebAccount(binding) {
+  const isAccount = ["", "default"].includes(binding.account);
+  return binding.channel === "web" && isAccount && binding.guild === "";
+}
+
+// The binding of a tier for this chat: the one with the highest priority.
+function bindingOf(tier) {
+  const found = state.bindings.filter(
+    (binding) => binding.tier === tier.name && tier.fits(binding),
+  );
+  const fields = (b) => [b.channel, b.account, b.peer].filter(Boolean).length;
+  found.sort((a, b) => b.priority - a.priority || fields(b) - fields(a));
+  return found[0];
+}
+
+function decidingTier() {
+  return TIERS.find(bindingOf) ?? TIERS.at(-1);
+}
+
+function decidingAgent() {
+  return bindingOf(decidingTier())?.agent ?? "main";
+}
+
+async function refreshPanel() {
+  if (!isConnected()) {
+    return;
+  }
+  const methods = ["agents.list", "sessions.list", "bindings.list"];
+  const answers = await Promise.all(methods.map((method) => call(method)));
+  [state.agents, state.sessions, state.bindings] = answers;
+  showPanel();
+  if (!state.reading && decidingAgent() !== state.agent) {
+    await loadHistory(); // somebody else has changed a binding of this chat
+  }
+  showView();
+}
+
+function showPanel() {
+  byId("peer-name").textContent = state.peer;
+  replaceList(byId("agents"), state.agents.map(agentItem));
+  replaceList(byId("tiers"), TIERS.map(tierItem));
+  const latest = state.sessions.toSorted((one, other) => other.used - one.used);
+  replaceList(byId("sessions"), latest.map(sessionItem));
+  replaceList(byId("bindings"), state.bindings.map(bindingItem));
+  byId("unbind").hidden = !bindingOf(TIERS[0]);
+  if (state.bindings.length === 0) {
+    byId("bindings").append(make("li", "hint", "None: every message goes to main."));
+  }
+  const select = byId("binding-form").elements.agent;
+  const names = state.agents.map((agent) => agent.id);
+  if (select.options.length !== names.length) {
+    select.replaceChildren(...names.map((name) => new Option(name)));
+  }
+}
+
+// Replace the items of a list, unless they are the same. The focus stays.
+function replaceList(list, items) {
+  const isSame =
+    list.children.length === items.length &&
+    items.every((item, index) => item.isEqualNode(list.children[index]));
+  if (isSame) {
+    return;
+  }
+  const focused = list.contains(document.activeElement);
+  const focusedKey = document.activeElement.dataset.key;
+  list.replaceChildren(...items);
+  if (focused) {
+    const buttons = [...list.querySelectorAll("button")];
+    const same = buttons.find((button) => button.dataset.key === focusedKey);
+    (same ?? buttons[0] ?? byId("panel-close")).focus();
+  }
+}
+
+function panelButton(className, key, ...children) {
+  const button = make("button", className, ...children);
+  button.type = "button";
+  button.dataset.key = key;
+  return button;
+}
+
+function agentItem(agent) {
+  const name = make("span", "name", agent.id);
+  const about = [agent.model, agent.prompt].filter(Boolean).join(": ");
+  const detail = make("span", "detail", about || "the default prompt and model");
+  const button = panelButton("row", agent.id, name, detail);
+  button.setAttribute("aria-pressed", String(agent.id === decidingAgent()));
+  return make("li", "", button);
+}
+
+function tierItem(tier) {
+  const binding = bindingOf(tier);
+  const isDeciding = tier === decidingTier();
+  const agent = binding?.agent ?? (tier.name === "default" ? "main" : "no binding");
+  const name = make("span", "name", tier.name);
+  const item = make("li", "tier", name, make("span", "", agent));
+  if (isDeciding) {
+    item.classList.add("is-deciding");
+    item.append(make("span", "badge", "decides"));
+  }
+  return item;
+}
+
+function sessionItem(entry) {
+  const where = describeSession(entry.session);
+  const name = make("span", "name", where.name);
+  const about = [entry.agent, where.detail, entry.label].filter(Boolean).join(", ");
+  const detail = make("span", "detail", about);
+  const button = panelButton("row", entry.session, name, detail);
+  button.setAttribute("aria-current", String(entry.session === state.session));
+  return make("li", "", button);
+}
+
+// A session key is agent:<id>:main, or agent:<id>:<where>:direct|group:<peer>.
+function describeSession(key) {
+  const rest = key.split(":").slice(2).join(":");
+  const match = /^(?:(.*):)?(direct|group):(.*)$/.exec(rest);
+  if (!match) {
+    return { name: "Terminal", detail: "" };
+  }
+  const [, where, kind, peer] = match;
+  const place = (where ?? "all channels").replace(":default", "").replace(":", " ");
+  const name = peer === state.peer ? "This browser" : peer;
+  return { name, detail: `${place} ${kind}` };
+}
+
+function bindingItem(binding, index) {
+  const { agent, tier, priority } = binding;
+  const names = ["channel", "account", "peer", "guild"];
+  const fields = names.filter((name) => binding[name]);
+  const parts = fields.map((name) => `${name} ${binding[name]}`);
+  if (priority) {
+    parts.push(`priority ${priority}`);
+  }
+  const what = parts.join(", ") || "everything";
+  const remove = panelButton("icon-button remove", `remove ${what}`, "×");
+  remove.setAttribute("aria-label", `Remove the binding of ${what} to ${agent}`);
+  remove.dataset.index = index;
+  const text = make("span", "binding-text", `${what} → `, make("strong", "", agent));
+  return make("li", "binding", make("span", "badge", tier), text, remove);
+}
+
+// What the panel changes
+
+function withoutTier(binding) {
+  const { tier, ...fields } = binding;
+  return fields;
+}
+
+async function changeBindings(method, binding) {
+  try {
+    await call(method, { binding });
+  } catch (error) {
+    showNotice(`Not changed: ${error.message}`);
+    return false;
+  }
+  await refreshPanel();
+  return true;
+}
+
+async function chooseAgent(agent) {
+  const own = bindingOf(TIERS[0]) ?? { channel: "web", peer: state.peer };
+  showChat();
+  if (await changeBindings("bindings.set", { ...withoutTier(own), agent })) {
+    showNotice(`${agent} answers this chat now`);
+  }
+}
+
+async function removeBinding(binding) {
+  const fields = withoutTier(binding);
+  if (await changeBindings("bindings.remove", fields)) {
+    const undo = () => changeBindings("bindings.set", fields);
+    showNotice("The binding is removed", "Undo", undo);
+  }
+}
+
+byId("agents").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) {
+    chooseAgent(button.dataset.key);
+  }
+});
+
+byId("unbind").addEventListener("click", async () => {
+  await removeBinding(bindingOf(TIERS[0]));
+  byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button is gone
+});
+
+byId("bindings").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) {
+    removeBinding(state.bindings[button.dataset.index]);
+  }
+});
+
+byId("binding-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const form = event.target;
+  const binding = Object.fromEntries(new FormData(form));
+  binding.priority = Number(binding.priority);
+  if (await changeBindings("bindings.set", binding)) {
+    form.reset();
+    byId("binding-editor").open = false;
+    showNotice(`The binding to ${binding.agent} is set`);
+  }
+});
+
+byId("sessions").addEventListener("click", (event) => {
+  const key = event.target.closest("button")?.dataset.key;
+  if (key) {
+    showSession(key);
+  }
+});
+
+// Another session is shown for reading only.
+async function showSession(key) {
+  const own = state.reading ? state.ownSession : state.session;
+  state.ownSession = own;
+  state.reading = key === own ? "" : key;
+  byId("back").textContent = "Back to my chat";
+  if (!isWide()) {
+    setPanel(false);
+  }
+  await loadHistory();
+  showPanel();
+  (state.reading ? byId("back") : textField).focus();
+}
+
+function showChat() {
+  if (state.reading) {
+    showSession(state.ownSession);
+  }
+}
+
+byId("back").addEventListener("click", showChat);
+
+// The panel as a column, or as a drawer on a narrow screen
+
+const wideScreen = matchMedia("(min-width: 900px)");
+
+function isWide() {
+  return wideScreen.matches;
+}
+
+function setPanel(isOpen) {
+  const isDrawer = isOpen && !isWide();
+  panel.hidden = !isOpen;
+  byId("backdrop").hidden = !isDrawer;
+  page.inert = isDrawer; // the keyboard stays in the drawer
+  byId("panel-open").setAttribute("aria-expanded", String(isOpen));
+}
+
+function togglePanel(isOpen) {
+  setPanel(isOpen);
+  if (isWide()) {
+    localStorage.setItem("panel", isOpen ? "open" : "closed");
+  }
+  if (isOpen) {
+    refreshPanel();
+  }
+  byId(isOpen ? "panel-close" : "panel-open").focus();
+}
+
+byId("panel-open").addEventListener("click", () => togglePanel(panel.hidden));
+byId("panel-close").addEventListener("click", () => togglePanel(false));
+byId("backdrop").addEventListener("click", () => togglePanel(false));
+wideScreen.addEventListener("change", showPanelIfWide);
+
+function showPanelIfWide() {
+  setPanel(isWide() && localStorage.getItem("panel") !== "closed");
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.defaultPrevented) {
+    return;
+  }
+  if (!panel.hidden && !isWide()) {
+    togglePanel(false);
+  } else if (!page.hidden && !state.reading) {
+    textField.focus();
+  }
+});
+
+// --- start ---
+
+const THEMES = { auto: "as the system", light: "light", dark: "dark" };
+
+function setTheme(name) {
+  localStorage.setItem("theme", name);
+  document.documentElement.dataset.theme = name;
+  byId("theme").setAttribute("aria-label", `Colours: ${THEMES[name]}`);
+  byId("theme").title = `Colours: ${THEMES[name]}`;
+}
+
+byId("theme").addEventListener("click", () => {
+  const names = Object.keys(THEMES);
+  const position = names.indexOf(document.documentElement.dataset.theme);
+  setTheme(names[(position + 1) % names.length]);
+});
+
+const SUGGESTIONS = [
+  "What can you do?",
+  "List the files",
+  "What is in SOUL.md?",
+  "/agents",
+];
+
+function showSuggestions() {
+  for (const text of SUGGESTIONS) {
+    const button = panelButton("suggestion", text, text);
+    button.addEventListener("click", () => {
+      say(text);
+      textField.focus();
+    });
+    byId("suggestions").append(make("li", "", button));
+  }
+}
+
+window.addEventListener("online", connect);
+window.addEventListener("hashchange", () => {
+  if (takeTokenFromAddress()) {
+    socket?.close();
+    connect();
+  }
+});
+
+setInterval(() => {
+  if (!panel.hidden && !document.hidden) {
+    refreshPanel();
+  }
+}, 1000 * PANEL_SECONDS);
+
+setTheme(localStorage.getItem("theme") ?? "auto");
+showPanelIfWide();
+showSuggestions();
+setText(localStorage.getItem("draft") ?? "");
+showOutbox();
+takeTokenFromAddress();
+if (state.token) {
+  connect();
+  textField.focus();
+} else {
+  askForToken();
+}
