@@ -336,7 +336,7 @@ ACTIONS = st.lists(
 
 @since("s04")
 @settings(
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
