@@ -33,6 +33,7 @@ from fake_model import FakeModel
 from fake_telegram import FakeTelegram
 from harness import since
 from hypothesis import HealthCheck
+from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -329,6 +330,11 @@ PUT = st.tuples(
     st.sampled_from([0, 0.5, 1.5]),  # seconds in which more is expected
 )
 OTHER = st.tuples(st.sampled_from(["take", "answer", "done", "restart"]))
+PART = ("put", 0, "chat 1", "ann", 1.5)
+LAST_PART = ("put", 1, "chat 1", "ann", 0)
+ALL_PARTS_ARE_DONE = [PART, LAST_PART, ("take",), ("done",), ("restart",)]
+AN_ANSWER_STAYS = [PART, LAST_PART, ("take",), ("answer",), ("restart",), ("take",)]
+AN_ID_IS_KNOWN = [LAST_PART, ("take",), ("done",), LAST_PART, ("restart",), LAST_PART]
 ACTIONS = st.lists(
     st.tuples(STEPS, st.one_of(PUT, PUT, OTHER)), min_size=10, max_size=40
 )
@@ -341,6 +347,10 @@ ACTIONS = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(actions=ACTIONS)
+@example([(0.2, action) for action in ALL_PARTS_ARE_DONE])
+@example([(0.2, action) for action in AN_ANSWER_STAYS])
+@example([(0.2, action) for action in AN_ID_IS_KNOWN])
+@example([(5e4, action) for action in AN_ID_IS_KNOWN])
 def test_the_inbox_does_as_a_simple_model_does(
     section: harness.Section, tmp_path: Path, actions: list
 ):
