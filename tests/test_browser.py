@@ -13,6 +13,7 @@ import harness
 import pytest
 from browser import Browser
 from browser import find
+from fake_model import Drop
 from fake_model import Error
 from fake_model import FakeModel
 from fake_model import Gate
@@ -123,6 +124,8 @@ class Desk:
             return Gate(self.gate, Text(f"heard {questions[-1]}"), after_chunks=2)
         if verb == "fail":
             return Error(422)
+        if verb == "drop":
+            return Drop(2, then=Text(f"heard {questions[-1]}"))
         if verb == "stream":
             pieces = [LONG, "\n\nthen ", "more"]
             return Gate(self.gate, Text("", pieces=pieces), after_chunks=3)
@@ -315,6 +318,14 @@ def test_an_error_is_no_answer(page: Page):
     assert not page.get("document.querySelector('.text')")
     page.click(".note .send-again")
     page.wait("document.querySelectorAll('.note.is-error').length === 2")
+
+
+@needs_chromium
+@since("s05", until="s08")  # from s09 on, it is tried again
+def test_an_answer_that_breaks_off_is_an_error(page: Page):
+    page.ask("drop this")
+    assert page.text_of(".text") == "heard"
+    assert page.text_of(".note.is-error .note-label") == "Error"
 
 
 @needs_chromium

@@ -403,7 +403,7 @@ function addTurn(key, text) {
     openCalls: [], // tool calls without a result
     hasTools: false,
     isStale: false, // the history has it better than it is shown
-    hasNotes: false,
+    notes: [], // texts
   };
   part("question-text").textContent = text;
   turns.set(key, turn);
@@ -571,13 +571,13 @@ function prettyJson(text) {
 
 function addNote(turn, text) {
   endAnswerPart(turn);
-  turn.hasNotes = true;
+  turn.notes.push(text);
   const label = make("strong", "note-label", "Note");
   const note = make("div", "note", label, make("span", "", text));
   addPart(turn, note);
 }
 
-// A turn without an answer has failed: its last note says why.
+// The last note of a turn that has failed says why.
 function markFailed(turn) {
   const note = [...turn.element.querySelectorAll(".note")].at(-1);
   note.classList.add("is-error");
@@ -805,6 +805,7 @@ function beginTurn(event) {
   // After a restart of the gateway, a turn begins once more and goes on.
   turn.isStale = turn.part("parts").childElementCount > 0;
   endAnswerPart(turn);
+  turn.notes = [];
   setTurnState(turn, "running");
   placeBeforeWaiting(turn.element);
 }
@@ -841,17 +842,16 @@ function endTurn(event) {
   refreshPanel();
 }
 
-// The end of a turn brings the whole answer, or says why there is none.
+// The end of a turn brings the whole answer, or the notes that say why there is none.
 function completeAnswer(turn, text) {
   endAnswerPart(turn);
-  if (turn.answers.length > 0) {
-    return; // its pieces are there already
-  }
-  if (turn.hasNotes) {
+  const hasFailed = turn.notes.length > 0 && text === turn.notes.join("\n");
+  const isMissing = text && turn.answers.length === 0;
+  if (hasFailed) {
     markFailed(turn);
-  } else if (text && isCommand(turn)) {
+  } else if (isMissing && isCommand(turn)) {
     addCommandResult(turn, text);
-  } else if (text) {
+  } else if (isMissing) {
     addAnswer(turn, text);
   }
 }
