@@ -111,9 +111,9 @@ class Bench:
         return screen
 
     def push(self, event: dict | Encoded, forge: str = "") -> int:
-        """Post an event. Returns the status of the answer, which must come at once."""
-        response = self.feishu.push(self.hook, event, forge=forge)
-        assert response.status and response.seconds < 2, response
+        """Post an event. Returns the status of the answer; Feishu waits 3 s for one."""
+        response = self.feishu.push(self.hook, event, timeout=3, forge=forge)
+        assert response.status, response
         return response.status
 
     def ask(self, text: str, **fields: Any) -> Sent:
@@ -261,7 +261,6 @@ def test_a_challenge_is_answered_only_with_the_token(bench: Bench):
         200,
         {"challenge": challenge["challenge"]},
     )
-    assert response.seconds < 1
     forgeries = ["token", "json"]
     if feishu.encrypt_key:
         forgeries += ["plain", "key", "padding", "base64"]
@@ -884,17 +883,15 @@ def test_what_hangs_has_an_end(bench: Bench):
 
 @since("s04")
 def test_recipients_do_not_wait_for_each_other(bench: Bench):
-    """Each of 20 sends takes 0.3 s, yet all are on their way at the same time."""
+    """Each of 20 sends takes 3 s, yet all are on their way at the same time."""
     people = [f"ou_person{number}" for number in range(20)]
     bench.up(ALLOWED_CHATS=" ".join(people))
     feishu = bench.feishu
-    feishu.hang(0.3, times=20, part=SEND_PATH)
+    feishu.hang(3, times=20, part=SEND_PATH)
     with ThreadPoolExecutor(20) as pool:
         events = [feishu.event(f"for {who}", open_id=who) for who in people]
         assert set(pool.map(bench.push, events)) == {200}
-    feishu.wait_sent(20, 30)
-    times = [sent.at for sent in feishu.sent]
-    assert max(times) - min(times) < 3  # it is 5.7 s and more, one after the other
+    feishu.wait_sent(20, 30)  # one after the other, they would take a minute
     told = {(sent.receive_id, sent.text) for sent in feishu.sent}
     assert told == {(who, f"heard for {who}") for who in people}
 
@@ -1020,12 +1017,13 @@ def test_killed_15_times(bench: Bench, whole: bool):
                 screen.wait_for(ON)
         time.sleep(chance.uniform(0.0, 0.3))
         screen.kill()
-    feeding.clear()
     bench.start(**settings)
+    wait_until(lambda: len(accepted) > kills, 30)
+    feeding.clear()
     for feeder in feeders:
         feeder.join(20)
     expected = {f"heard {text}" for text in accepted}
-    assert len(accepted) == len(expected) > kills
+    assert len(accepted) == len(expected)
     wait_until(lambda: expected <= set(bench.answers), 40)
     assert sorted(bench.answers) == sorted(expected)
     # A request that a kill has cut off before its body is no request of ours.
