@@ -22,6 +22,8 @@ from fake_model import ToolCalls
 from harness import since
 
 needs_chromium = pytest.mark.skipif(not find(), reason="needs Chromium")
+# What no later section can change runs on the first one alone.
+is_about_the_page = pytest.mark.costly
 WEBCHAT = harness.REPO / "sessions" / "webchat"
 LINK = re.compile(r"(http://127\.0\.0\.1:\d+/)#token=(\S+)")
 CONNECTED = (  # and what was said before is loaded
@@ -252,6 +254,7 @@ def test_a_conversation_by_keyboard_alone(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_markdown_and_its_copy_buttons(page: Page):
     permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     page.browser.call(
@@ -366,6 +369,7 @@ def test_a_new_conversation_is_set_apart(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_commands_are_completed(page: Page):
     selected = "document.querySelector('[role=option][aria-selected=true]')"
     page.browser.type("/")
@@ -493,6 +497,7 @@ def test_two_tabs_show_the_same(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_the_title_counts_what_is_unread(page: Page):
     hidden = "Object.defineProperty(document, 'hidden', {get: () => window.isAway})"
     page.get(f"void (window.isAway = true, {hidden})")
@@ -506,6 +511,7 @@ def test_the_title_counts_what_is_unread(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_a_message_that_is_too_long_stays_in_the_field(page: Page):
     page.get("text.value = 'long '.repeat(220_000)")
     page.browser.press("Enter")
@@ -518,6 +524,7 @@ def test_a_message_that_is_too_long_stays_in_the_field(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_on_a_phone_and_in_the_dark(page: Page):
     page.ask("markdown")
     page.ask("fail")
@@ -548,6 +555,7 @@ def test_on_a_phone_and_in_the_dark(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_hostile_texts_are_harmless(page: Page):
     page.ask("hostile")
     page.ask("<img src=x onerror='window.hit = 6'>")
@@ -566,6 +574,7 @@ def test_hostile_texts_are_harmless(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_the_accessibility_tree(page: Page):
     page.ask("markdown")
     page.ask("read SOUL.md")
