@@ -140,8 +140,8 @@ class ConcurrentApp(DeliveryApp):
     def finish_without_turn(self, message):
         if message.text != "/stop":
             return super().finish_without_turn(message)
-        self.stop(self.session_key(message))
         self.reply(message, "stopping")
+        self.stop(self.session_key(message))
         return True
 
     def stop(self, key):
