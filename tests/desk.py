@@ -57,7 +57,7 @@ class Desk:
         words = re.sub(r"^\[[^]]*\] ", "", said)  # in a group, a name stands before it
         verb, _, rest = words.partition(" ")
         if verb == "wait":
-            return Gate(self.gate, Text(f"heard {words}"))
+            return Gate(self.gate, Text(f"heard {words}"), after_chunks=2)
         if verb == "fail":
             return Error(422)
         if verb in TOOLS and body["messages"][-1]["role"] != "tool":

@@ -32,3 +32,21 @@ def test_each_step_of_a_section_runs(
     session = disk.open_log(lesson.module, tmp_path / "s.jsonl")
     session.append(disk.MESSAGE)
     assert (tmp_path / "s.jsonl").read_bytes().endswith(b"}\n")
+
+
+def test_the_gateway_and_the_echo_that_it_is_measured_by_both_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gateway
+    import measure
+
+    lessons = [lesson for lesson in sections(NEXT) if lesson.label >= "s05"]
+    env = measure.environment("http://127.0.0.1:9/v1", tmp_path)
+    monkeypatch.setattr(gateway, "REQUESTS", 30)
+    commands = [["-c", gateway.ECHO], [str(lessons[-1].path)]]
+    for command in commands:
+        waits = []
+        with gateway.served(command, env) as link:
+            assert gateway.loading(link, 3, waits)() > 0
+        assert len(waits) == 30

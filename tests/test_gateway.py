@@ -691,26 +691,33 @@ def test_a_text_may_hold_any_character(gateway: Gateway):
     assert "\x00" not in screen.raw
 
 
+def occupy(gateway: Gateway) -> Client:
+    """Let the model hang on as many turns as run at a time: four from s10 on."""
+    client = gateway.client()
+    for number in range(4):
+        client.say("wait", peer=f"first{number}")
+    client.wait("turn.answer")
+    return client
+
+
 @since("s05")
 def test_a_send_is_acknowledged_while_the_model_hangs(gateway: Gateway):
     gateway.start()
+    occupy(gateway)
     client = gateway.client()
     other = gateway.client()
-    client.say("wait", peer="alice")
-    client.wait("turn.answer")
     # The gate is shut: whatever waited for the model would wait in vain.
     for number in range(10):
-        client.say(f"after {number}", peer="alice")
+        client.say(f"text {number}", peer="alice")
         other.say(f"other {number}", peer="bob")
         assert client.call("status")["waiting"] >= 2 * number
-    assert client.history() == ["wait"]
+    assert client.history() == []
     gateway.gate.set()
-    client.wait("turn.end", text="heard after 9")
+    client.wait("turn.end", text="heard text 9")
     other.wait("turn.end", text="heard other 9")
-    said = ["wait", *(f"after {number}" for number in range(10))]
-    answers = [f"heard {text}" for text in said]
+    said = [f"text {number}" for number in range(10)]
     assert client.history()[::2] == said
-    assert client.history()[1::2] == answers
+    assert client.history()[1::2] == [f"heard {text}" for text in said]
     assert len(other.history()) == 20
 
 
@@ -718,21 +725,19 @@ def test_a_send_is_acknowledged_while_the_model_hangs(gateway: Gateway):
 def test_what_waits_for_its_turn_is_in_the_history(gateway: Gateway):
     """Who opens the page meanwhile sees that the message has arrived."""
     gateway.start()
+    occupy(gateway)
     client = gateway.client()
-    client.say("wait", peer="alice")
-    client.wait("turn.answer")
-    other = gateway.client()
     for peer in ("bob", "carol"):
-        sent = other.say("hello", peer=peer)
-        found = other.call("sessions.history", peer=peer)
+        sent = client.say("hello", peer=peer)
+        found = client.call("sessions.history", peer=peer)
         assert found["waiting"] == [{"id": sent["id"], "text": "hello"}]
         assert (found["running"], found["messages"]) == (None, [])
     gateway.gate.set()
-    other.wait("turn.end", id=sent["id"])
-    assert other.call("sessions.history", peer="carol")["waiting"] == []
+    client.wait("turn.end", id=sent["id"])
+    assert client.call("sessions.history", peer="carol")["waiting"] == []
 
 
-@since("s05")
+@since("s05", until="s09")
 def test_what_waits_behind_a_turn_of_the_terminal_is_in_the_history(gateway: Gateway):
     screen = gateway.start()
     client = gateway.client()
@@ -966,11 +971,9 @@ def test_each_answer_is_in_the_history_or_in_what_follows(gateway: Gateway):
         waiting = [message["text"] for message in found["waiting"]]
         asked = [*texts, *waiting, *late.told("turn.begin", "text")]
         assert f"text {number}" in asked, found
-        answered = late.told("turn.end", "text")
-        if found["running"] != sent["id"]:
-            assert [*texts, *answered].count(f"heard text {number}") == 1, found
-        else:
-            assert answered == [f"heard text {number}"]
+        ended = late.told("turn.end", "id")
+        assert f"heard text {number}" in texts or sent["id"] in ended, found
+        assert len(ended) <= 1, "with the id, so that nobody takes it for a second one"
         late.leave()
 
 
@@ -978,9 +981,8 @@ def test_each_answer_is_in_the_history_or_in_what_follows(gateway: Gateway):
 def test_a_sender_sees_the_answer_wherever_its_message_went(gateway: Gateway):
     """It is bound to another agent while it waits for its turn."""
     gateway.start()
+    occupy(gateway)
     client = gateway.client()
-    for number in range(4):  # from s10 on, so many are answered at a time
-        client.say("wait", peer=f"bob{number}")
     client.say("hello", peer="alice")
     binding = {"agent": "luna", "channel": "web", "peer": "alice"}
     client.call("bindings.set", binding=binding)
@@ -1075,8 +1077,8 @@ def test_two_hundred_idle_clients_and_a_thousand_that_never_come_in(gateway: Gat
     assert client.call("status")["clients"] == 202
     assert gateway.fetch("/healthz")[0] == 200
     files = Path(f"/proc/{screen.pid}/fd")
-    if files.exists():
-        wait_until(lambda: len(list(files.iterdir())) < 400)
+    if files.exists():  # soon, and not only when the time to say something is over
+        wait_until(lambda: len(list(files.iterdir())) < 400, timeout=5)
     gateway.stop()
 
 
@@ -1100,15 +1102,12 @@ def test_nothing_is_left_behind_by_who_is_gone(gateway: Gateway):
 
 @since("s05")
 def test_no_list_of_the_gateway_grows_with_those_who_are_gone(
-    section: Section, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    section: Section, fake_model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ):
     """Looked at from inside, since nobody sees it from outside."""
     module = section.load()
-    monkeypatch.setenv("WORKSPACE_DIR", str(workspace))
-    for name in ("OPENAI_API_KEY", "MODEL_ID"):
-        monkeypatch.setenv(name, "x")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    monkeypatch.setenv("GATEWAY_PORT", "0")
+    for name, value in fake_model.env().items():
+        monkeypatch.setenv(name, value)
     agent = module.load_agent()
     module.open_session(agent)
     server = module.GatewayApp(agent).gateway

@@ -14,6 +14,7 @@ from types import FrameType
 import pytest
 from fake_model import FakeModel
 from fake_model import Text
+from fake_telegram import FakeTelegram
 from gateway_client import Gateway
 from harness import Section
 from harness import pipe
@@ -68,10 +69,11 @@ def fits(binding: dict, message: dict) -> bool:
 
 
 def rank(binding: dict) -> tuple:
-    """What decides between two that fit: tier, priority, number of fields."""
+    """What decides between two that fit, the greatest: the narrowest tier, then ..."""
     given = [name for name in TIERS if binding[name]]
     tier = TIERS.index(given[0]) if given else len(TIERS)
-    return -tier, binding["priority"], len(given)
+    is_topic = ":topic:" in binding["peer"]
+    return -tier, binding["priority"], is_topic, len(given)
 
 
 def is_possible(binding: dict) -> bool:
@@ -658,6 +660,38 @@ def test_a_binding_that_is_changed_holds_for_what_waits(gateway: Gateway):
     assert client.history(session=luna) == ["wait", "heard wait"]
     assert client.history(session=sage)[::2] == ["second", "third"]
     assert gateway.questions == ["wait", "second", "third"]
+
+
+@since("s05")
+def test_two_bots_in_one_group_have_a_session_and_an_agent_each(gateway: Gateway):
+    with FakeTelegram() as first, FakeTelegram("654:other", "work_bot") as second:
+        gateway.start(
+            TELEGRAM_BOT_TOKEN=first.token,
+            TELEGRAM_BASE_URL=first.url,
+            TELEGRAM_ALLOWED_CHATS="-100123",
+            TELEGRAM_BOT_TOKEN_WORK=second.token,
+            TELEGRAM_BASE_URL_WORK=second.url,
+            TELEGRAM_ALLOWED_CHATS_WORK="-100123",
+        )
+        client = gateway.client()
+        binding = {"agent": "sage", "channel": "telegram", "account": "work"}
+        client.call("bindings.set", binding=binding)
+        of_first = "agent:main:telegram:group:-100123"
+        of_second = "agent:sage:telegram:work:group:-100123"
+        for key in (of_first, of_second):
+            assert client.history(session=key) == [], "from now on, it is watched"
+        first.group_say("hello first", mention=True)
+        second.group_say("hello second", mention=True)
+        for bot, word, key in (
+            (first, "first", of_first),
+            (second, "second", of_second),
+        ):
+            (sent,) = bot.wait_sent(1)
+            assert (sent.chat_id, word in sent.text) == (-100123, True)
+            assert word in client.wait("turn.end", session=key)["text"]
+            (question, answer) = client.history(session=key)
+            assert word in question
+            assert answer == sent.text
 
 
 @since("s05")

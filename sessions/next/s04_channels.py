@@ -1354,7 +1354,8 @@ class InboundMessage:
     account: str  # which bot of ours has received it
     peer: str  # the chat, where the answer goes
     text: str
-    id: str = ""  # the platform's: a message that comes again has the same
+    # The platform's: a message that comes again has the same.
+    id: str = field(default_factory=lambda: uuid4().hex)
     sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
     guild: str = ""  # the company or server that a chat belongs to
@@ -1424,12 +1425,12 @@ class Inbox:
             self.database.execute(
                 "DELETE FROM inbox WHERE done < ?", now - REMEMBER_SECONDS
             )
-            is_new = self.database.execute(
+            inserted = self.database.execute(
                 "INSERT OR IGNORE INTO inbox (id, message) VALUES (?, ?) RETURNING id",
                 message.id,
                 to_record(message),
             )
-            if is_new:
+            if inserted:  # a row, unless the id was known
                 self.add_or_join(message)
                 self.changed.notify()
 
@@ -1447,7 +1448,7 @@ class Inbox:
 
     def find_beginning(self, message: InboundMessage) -> InboundMessage | None:
         """The waiting message that a new one is a part of, if there is one."""
-        with self.changed:
+        with self.changed:  # `put` holds it already; a thread may take it twice
             for whole in self.waiting:
                 seconds = message.received - whole.received
                 is_in_time = 0 <= seconds < whole.expects_more
@@ -1463,8 +1464,8 @@ class Inbox:
                 self.changed.wait_for(lambda: self.waiting)
                 message = self.waiting[0]
                 seconds = message.received + message.expects_more - time.time()
-                # It is more than expected if somebody has set the clock back.
-                if not 0 < seconds <= message.expects_more:
+                # The second case: somebody has set the clock back.
+                if seconds <= 0 or seconds > message.expects_more:
                     return self.waiting.pop(0)
                 self.changed.wait(seconds)
 
@@ -1525,7 +1526,7 @@ def call_with_retries(step: Callable, on_retry: Callable, max_tries: int = 0) ->
     """Call `step` until it succeeds. Waits 1, 2, 4 ... 60 seconds between two tries.
 
     `on_retry` is told why the first try failed. Raises ChannelError after `max_tries`
-    tries (0: never), or if another try is of no use.
+    tries (0: it tries forever), or if another try is of no use.
     """
     for number in itertools.count(1):
         try:
@@ -1805,6 +1806,8 @@ class App:
 
     def close(self, seconds: float) -> None:
         """Give answers some seconds to be sent, then kill the commands that run."""
+        self.agent.approval.mode = "never"  # no command begins from now on
+        self.remote_approval.mode = "never"
         self.outbox.close(seconds)
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
@@ -1829,7 +1832,7 @@ class App:
         """Answer a message. If the disk does not allow it, it waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
-            return  # until the settings are as before, and the program is started again
+            return  # it waits on disk for a restart with the old settings
         try:
             if self.finish_without_turn(message):
                 return
@@ -1841,7 +1844,7 @@ class App:
             channel.log(f"not answered: {explain(error)}")
 
     def finish_without_turn(self, message: InboundMessage) -> bool:
-        """Do what needs no model. Returns whether nothing is left to do then."""
+        """Do what needs no model. Returns whether that was all."""
         if message.answer is None:
             return False
         self.outbox.put(message, message.answer)  # the program ended before it was sent
@@ -1864,8 +1867,8 @@ class App:
     def reply(self, message: InboundMessage, answer: str) -> None:
         """Send an answer to where the message came from."""
         channel = self.channels[message.channel, message.account]
-        channel.log(f"to {message.sender}: {answer}")
         self.outbox.put(message, answer)
+        channel.log(f"to {message.sender}: {answer}")
 
     # A turn, also of the terminal
 
@@ -1882,23 +1885,23 @@ class App:
         agent.show = show
         self.begin_turn(agent, message)
         answer = self.respond(agent, message) or "\n".join(notes)
-        self.sessions[agent.session_key] = agent.messages  # another one after /new
+        self.sessions[agent.session_key] = agent.messages  # /new replaces it
         self.waiting_for.pop(agent.session_key, None)
         self.end_turn(agent, message, answer)
         return answer
 
     def begin_turn(self, agent: Agent, message: InboundMessage) -> None:
-        """What others see of the beginning of a turn."""
+        """Show others that a turn begins. Empty until s05."""
 
     def show_piece(
         self, agent: Agent, message: InboundMessage, text: str, kind: str
     ) -> None:
-        """What others see of a turn's text as it arrives. On channels: nothing."""
+        """Show a piece of a turn's text as it arrives: at the terminal, its own."""
         if message.channel == self.terminal.name:
             self.agent.show(text, kind)
 
     def end_turn(self, agent: Agent, message: InboundMessage, answer: str) -> None:
-        """What others see of the end of a turn."""
+        """Show others that a turn has ended. Empty until s05."""
 
     def respond(self, agent: Agent, message: InboundMessage) -> str | None:
         """The answer to a message: the model's, or what a command prints."""
@@ -1937,6 +1940,8 @@ class App:
         channel = message.channel
         if channel == "terminal":
             return "agent:main:main"
+        # As OpenClaw writes it, the key of a group has no account. A second bot in the
+        # same group needs one.
         if message.is_group and message.account == "default":
             return f"agent:main:{channel}:group:{message.peer}".lower()
         kind = "group" if message.is_group else "direct"
@@ -1950,8 +1955,7 @@ class App:
 
     def handle_line(self, line: str) -> None:
         """Answer a line that the person at the terminal has typed."""
-        message = InboundMessage("terminal", "default", "", line, uuid4().hex)
-        message.received = time.time()
+        message = InboundMessage("terminal", "default", "", line, received=time.time())
         self.terminal.leave_prompt()
         try:
             if line.startswith("/"):
@@ -2139,6 +2143,7 @@ class TelegramChannel(Channel):
             inbound.expects_more = ALBUM_SECONDS
         elif len(text) >= LONG_TEXT:
             inbound.expects_more = PASTE_SECONDS
+        # The next part of a pasted text does not mention the bot again.
         is_for_bot = not inbound.is_group or self.is_called(message)
         if is_for_bot or self.app.inbox.find_beginning(inbound):
             return inbound
@@ -2174,6 +2179,7 @@ class TelegramChannel(Channel):
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Send a text. Telegram has no keys: after a crash, a text may come twice."""
         chat, _, topic = peer.partition(":topic:")
+        # "General" has the number 1 for "typing", and none for a text.
         thread = None if topic == "1" else topic or None
         sending = self.bot.send_message(
             chat, text, message_thread_id=thread, read_timeout=30

@@ -1371,7 +1371,8 @@ class InboundMessage:
     account: str  # which bot of ours has received it
     peer: str  # the chat, where the answer goes
     text: str
-    id: str = ""  # the platform's: a message that comes again has the same
+    # The platform's: a message that comes again has the same.
+    id: str = field(default_factory=lambda: uuid4().hex)
     sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
     guild: str = ""  # the company or server that a chat belongs to
@@ -1441,12 +1442,12 @@ class Inbox:
             self.database.execute(
                 "DELETE FROM inbox WHERE done < ?", now - REMEMBER_SECONDS
             )
-            is_new = self.database.execute(
+            inserted = self.database.execute(
                 "INSERT OR IGNORE INTO inbox (id, message) VALUES (?, ?) RETURNING id",
                 message.id,
                 to_record(message),
             )
-            if is_new:
+            if inserted:  # a row, unless the id was known
                 self.add_or_join(message)
                 self.changed.notify()
 
@@ -1464,7 +1465,7 @@ class Inbox:
 
     def find_beginning(self, message: InboundMessage) -> InboundMessage | None:
         """The waiting message that a new one is a part of, if there is one."""
-        with self.changed:
+        with self.changed:  # `put` holds it already; a thread may take it twice
             for whole in self.waiting:
                 seconds = message.received - whole.received
                 is_in_time = 0 <= seconds < whole.expects_more
@@ -1480,8 +1481,8 @@ class Inbox:
                 self.changed.wait_for(lambda: self.waiting)
                 message = self.waiting[0]
                 seconds = message.received + message.expects_more - time.time()
-                # It is more than expected if somebody has set the clock back.
-                if not 0 < seconds <= message.expects_more:
+                # The second case: somebody has set the clock back.
+                if seconds <= 0 or seconds > message.expects_more:
                     return self.waiting.pop(0)
                 self.changed.wait(seconds)
 
@@ -1542,7 +1543,7 @@ def call_with_retries(step: Callable, on_retry: Callable, max_tries: int = 0) ->
     """Call `step` until it succeeds. Waits 1, 2, 4 ... 60 seconds between two tries.
 
     `on_retry` is told why the first try failed. Raises ChannelError after `max_tries`
-    tries (0: never), or if another try is of no use.
+    tries (0: it tries forever), or if another try is of no use.
     """
     for number in itertools.count(1):
         try:
@@ -1822,6 +1823,8 @@ class App:
 
     def close(self, seconds: float) -> None:
         """Give answers some seconds to be sent, then kill the commands that run."""
+        self.agent.approval.mode = "never"  # no command begins from now on
+        self.remote_approval.mode = "never"
         self.outbox.close(seconds)
         for thing in list(self.waiting_for.values()):
             if isinstance(thing, subprocess.Popen) and thing.returncode is None:
@@ -1846,7 +1849,7 @@ class App:
         """Answer a message. If the disk does not allow it, it waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
-            return  # until the settings are as before, and the program is started again
+            return  # it waits on disk for a restart with the old settings
         try:
             if self.finish_without_turn(message):
                 return
@@ -1858,7 +1861,7 @@ class App:
             channel.log(f"not answered: {explain(error)}")
 
     def finish_without_turn(self, message: InboundMessage) -> bool:
-        """Do what needs no model. Returns whether nothing is left to do then."""
+        """Do what needs no model. Returns whether that was all."""
         if message.answer is None:
             return False
         self.outbox.put(message, message.answer)  # the program ended before it was sent
@@ -1881,8 +1884,8 @@ class App:
     def reply(self, message: InboundMessage, answer: str) -> None:
         """Send an answer to where the message came from."""
         channel = self.channels[message.channel, message.account]
-        channel.log(f"to {message.sender}: {answer}")
         self.outbox.put(message, answer)
+        channel.log(f"to {message.sender}: {answer}")
 
     # A turn, also of the terminal
 
@@ -1899,23 +1902,23 @@ class App:
         agent.show = show
         self.begin_turn(agent, message)
         answer = self.respond(agent, message) or "\n".join(notes)
-        self.sessions[agent.session_key] = agent.messages  # another one after /new
+        self.sessions[agent.session_key] = agent.messages  # /new replaces it
         self.waiting_for.pop(agent.session_key, None)
         self.end_turn(agent, message, answer)
         return answer
 
     def begin_turn(self, agent: Agent, message: InboundMessage) -> None:
-        """What others see of the beginning of a turn."""
+        """Show others that a turn begins. Empty until s05."""
 
     def show_piece(
         self, agent: Agent, message: InboundMessage, text: str, kind: str
     ) -> None:
-        """What others see of a turn's text as it arrives. On channels: nothing."""
+        """Show a piece of a turn's text as it arrives: at the terminal, its own."""
         if message.channel == self.terminal.name:
             self.agent.show(text, kind)
 
     def end_turn(self, agent: Agent, message: InboundMessage, answer: str) -> None:
-        """What others see of the end of a turn."""
+        """Show others that a turn has ended. Empty until s05."""
 
     def respond(self, agent: Agent, message: InboundMessage) -> str | None:
         """The answer to a message: the model's, or what a command prints."""
@@ -1954,6 +1957,8 @@ class App:
         channel = message.channel
         if channel == "terminal":
             return "agent:main:main"
+        # As OpenClaw writes it, the key of a group has no account. A second bot in the
+        # same group needs one.
         if message.is_group and message.account == "default":
             return f"agent:main:{channel}:group:{message.peer}".lower()
         kind = "group" if message.is_group else "direct"
@@ -1967,8 +1972,7 @@ class App:
 
     def handle_line(self, line: str) -> None:
         """Answer a line that the person at the terminal has typed."""
-        message = InboundMessage("terminal", "default", "", line, uuid4().hex)
-        message.received = time.time()
+        message = InboundMessage("terminal", "default", "", line, received=time.time())
         self.terminal.leave_prompt()
         try:
             if line.startswith("/"):
@@ -2156,6 +2160,7 @@ class TelegramChannel(Channel):
             inbound.expects_more = ALBUM_SECONDS
         elif len(text) >= LONG_TEXT:
             inbound.expects_more = PASTE_SECONDS
+        # The next part of a pasted text does not mention the bot again.
         is_for_bot = not inbound.is_group or self.is_called(message)
         if is_for_bot or self.app.inbox.find_beginning(inbound):
             return inbound
@@ -2191,6 +2196,7 @@ class TelegramChannel(Channel):
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Send a text. Telegram has no keys: after a crash, a text may come twice."""
         chat, _, topic = peer.partition(":topic:")
+        # "General" has the number 1 for "typing", and none for a text.
         thread = None if topic == "1" else topic or None
         sending = self.bot.send_message(
             chat, text, message_thread_id=thread, read_timeout=30
@@ -2616,12 +2622,12 @@ CHANNELS.append(FeishuChannel)
 
 MAIN = "main"  # the agent that answers if no binding says otherwise
 DM_SCOPES = Literal["main", "per-peer", "per-channel-peer", "per-account-channel-peer"]
-# For the owner to edit. (CRON.json comes in s07.)
+# For the owner to edit, in lower case. (CRON.json comes in s07.)
 CONFIG_FILES = ("agents.json", "bindings.json", "cron.json")
 
 
 class Binding(BaseModel, extra="forbid", frozen=True):
-    """Sends messages to an agent. Each field that is set must equal the message's."""
+    """Sends messages to an agent: those that all fields which are set fit."""
 
     agent: str
     channel: str = ""
@@ -2745,17 +2751,19 @@ class BindingTable:
 
 
 def tier_keys(message: InboundMessage) -> list[list]:
-    """For each tier, the match keys of the bindings that fit a message."""
+    """For each tier, the narrowest first: the match keys that fit a message."""
     channel = message.channel
-    accounts = [message.account, ""]
-    guilds = [message.guild, ""]
-    # A binding of a chat holds for the topics in it, too.
-    chats = [message.peer, without_topic(message.peer)]
-    by_guild = itertools.product([channel], accounts, [""], [message.guild])
-    by_peer = itertools.product([channel], accounts, chats, guilds)
+    by_peer = []
+    by_guild = []
+    for account in (message.account, ""):
+        by_guild.append((channel, account, "", message.guild))
+        for guild in (message.guild, ""):
+            # A binding of a chat holds for the topics in it, too.
+            for peer in (message.peer, without_topic(message.peer)):
+                by_peer.append((channel, account, peer, guild))
     return [
-        list(by_peer) if message.peer else [],
-        list(by_guild) if message.guild else [],
+        by_peer if message.peer else [],
+        by_guild if message.guild else [],
         [(channel, message.account, "", "")],
         [(channel, "", "", "")],
         [("", "", "", "")],
@@ -2849,7 +2857,7 @@ def check_config(
     check_path: Callable, agent: Agent, file: Path, is_write: bool
 ) -> None:
     """Raise ValueError if a file is off limits. Configuration may only be read."""
-    check_path(agent, file, is_write)
+    check_path(agent, file, is_write)  # refuses the workspace itself, too
     name = file.relative_to(agent.workspace).parts[0]
     if is_write and name.lower() in CONFIG_FILES:
         raise ValueError(f"only the owner may change {name}")
@@ -2860,7 +2868,6 @@ def check_config(
 MAX_FRAME = 1 << 20  # bytes
 MAX_UNSENT = 4 << 20  # bytes that wait for a client that does not read
 MAX_OPENING = 100  # connections that have not shown the token yet
-WEBCHAT = Path(__file__).parents[1] / "webchat"
 CONTENT_TYPES = {
     ".css": "text/css",
     ".html": "text/html",
@@ -3093,6 +3100,7 @@ class GatewayServer(Channel):
     def note_running(self, key: str, message: InboundMessage) -> None:
         """Note which message is being answered. Its sender watches from now on."""
         self.running[key] = message.id
+        # Since it was sent, a binding may have led it to another session.
         for client in self.clients:
             if (self.name, client.peer) == (message.channel, message.peer):
                 self.watch(client, key)
@@ -3101,11 +3109,14 @@ class GatewayServer(Channel):
         """Note that it is answered."""
         self.running.pop(key, None)
 
-    def identify(self, client: GatewayConnection, peer: str) -> InboundMessage:
-        """Note the name of a client, if it says one. Returns an empty message of it."""
+    def rename(self, client: GatewayConnection, peer: str) -> None:
+        """Note the name that a client gives itself, if it gives one."""
         if peer and not re.fullmatch(PEER, peer):
             raise ValueError(f"peer: must be {PEER}")
         client.peer = peer or client.peer
+
+    def message_from(self, client: GatewayConnection) -> InboundMessage:
+        """A message of a client, still without a text."""
         return InboundMessage(self.name, "default", client.peer, "", sender=client.peer)
 
 
@@ -3149,11 +3160,21 @@ def http_response(
 
 def serve_file(path: str) -> Response:
     """A file of the web chat, as an HTTP response."""
-    name = path.removeprefix("/") or "index.html"
-    file = WEBCHAT / name
-    if file not in WEBCHAT.iterdir() or file.suffix not in CONTENT_TYPES:
+    folder = find_webchat()
+    file = folder / (path.removeprefix("/") or "index.html")
+    # Whatever the path is, only what is in the folder itself is found.
+    if file not in folder.iterdir() or file.suffix not in CONTENT_TYPES:
         return http_response(404, b"not found\n")
     return http_response(200, file.read_bytes(), CONTENT_TYPES[file.suffix])
+
+
+def find_webchat() -> Path:
+    """The folder of the page: sessions/webchat, in a folder above this script."""
+    for folder in Path(__file__).resolve().parents:
+        webchat = folder / "sessions" / "webchat"
+        if webchat.is_dir():
+            return webchat
+    raise FileNotFoundError("sessions/webchat")
 
 
 # What clients may ask for
@@ -3169,10 +3190,11 @@ async def rpc_send(
     client: GatewayConnection,
 ) -> dict:
     """Take a message; with an id, only once. Its answer comes as events."""
-    message = gateway.identify(client, peer)
+    gateway.rename(client, peer)
     id = id or secrets.token_hex(8)
     if not text.strip() or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", id):
         raise ValueError("text must not be empty; id has letters, digits, - and _")
+    message = gateway.message_from(client)
     message.text = text
     message.id = f"web:{client.peer}:{id}"
     binding = gateway.app.bindings.resolve(message)
@@ -3194,8 +3216,8 @@ async def rpc_history(
 ) -> dict:
     """What was said in a session, or in the client's own. Its events follow."""
     app = gateway.app
-    message = gateway.identify(client, peer)
-    key = session or app.session_key(message)
+    gateway.rename(client, peer)
+    key = session or app.session_key(gateway.message_from(client))
     if agent_of(key) not in app.agents.agents:
         raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
@@ -3236,9 +3258,14 @@ def transcript(messages: Session) -> list[dict]:
 @rpc_method("sessions.list")
 async def rpc_sessions(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """What each session key means now, for all agents."""
+    return await asyncio.to_thread(list_all_sessions, gateway.app.agents)
+
+
+def list_all_sessions(agents: AgentManager) -> list[dict]:
+    """The current session of each key."""
     entries = []
-    for agent_id in gateway.app.agents.agents:
-        store = gateway.app.agents.session_store(agent_id)
+    for agent_id in agents.agents:
+        store = agents.session_store(agent_id)
         for key, session_id in store.read_index().items():
             path = store.folder / f"{session_id}.jsonl"
             if path.is_file():
@@ -3337,6 +3364,7 @@ class GatewayApp(App):
 
     def find_session(self, key: str) -> Session | None:
         """The session of a key, if there is one."""
+        # To ask for a session that does not exist must not create it.
         if key in self.sessions or key in self.store_for(key).read_index():
             agent = replace(self.agent, session_key=key, store=self.store_for(key))
             return self.session_for(agent)
@@ -3382,9 +3410,10 @@ class GatewayApp(App):
             self.gateway.publish(agent.session_key, f"turn.{kind}", text=text)
 
     def end_turn(self, agent: Agent, message: InboundMessage, answer: str) -> None:
-        """Tell web clients that a message is answered: their own needs no sending."""
+        """Tell web clients that a message is answered."""
         super().end_turn(agent, message, answer)
         if message.channel == "web":
+            # First: who now asks for the history must not find it waiting.
             self.inbox.done(message)
         session_id = agent.messages.path.stem  # another one after /new
         key = agent.session_key
@@ -3440,9 +3469,13 @@ def show_route(agent: Agent, argument: str) -> str:
     words = argument.split()
     if not 2 <= len(words) <= 4:
         raise ValueError("/route <channel> <peer> [account] [guild]")
-    channel, peer, account, guild = words + ["default", ""][len(words) - 2 :]
-    message = InboundMessage(channel, account, peer, "", guild=guild)
-    message.is_group = peer.startswith(("-", "oc_"))  # in Telegram and in Feishu
+    message = InboundMessage(words[0], "default", words[1], "")
+    if len(words) > 2:
+        message.account = words[2]
+    if len(words) > 3:
+        message.guild = words[3]
+    # So the ids of groups begin in Telegram and in Feishu.
+    message.is_group = message.peer.startswith(("-", "oc_"))
     tier = tier_of(agent.app.bindings.resolve(message))
     return f"{agent.app.session_key(message)} (tier: {tier})"
 

@@ -31,7 +31,6 @@ const state = {
   unread: 0, // answers that came while the page was hidden
   loads: 0, // histories asked for so far
   recalled: "", // the message that ArrowUp has brought back
-  closedFor: "", // the text that Escape has closed the completions for
   agents: [],
   sessions: [],
   bindings: [],
@@ -65,6 +64,26 @@ function make(tag, className, ...children) {
   element.className = className;
   element.append(...children);
   return element;
+}
+
+function onButton(list, handle) {
+  list.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button) {
+      handle(button);
+    }
+  });
+}
+
+// A phone has no Shift+Enter, and a keyboard that covers half of the page.
+function isTouch() {
+  return matchMedia("(pointer: coarse)").matches;
+}
+
+function focusText() {
+  if (!isTouch()) {
+    textField.focus();
+  }
 }
 
 function copyOf(templateId) {
@@ -111,6 +130,7 @@ async function onConnected() {
   // Requests are answered in order, so the history knows of what is sent before it.
   sendOutbox();
   state.commands = await call("commands.list");
+  showCompletions();
   await loadHistory();
   await refreshPanel();
 }
@@ -383,7 +403,7 @@ function addTurn(key, text) {
     openCalls: [], // tool calls without a result
     hasTools: false,
     isStale: false, // the history has it better than it is shown
-    hasNotes: false,
+    notes: [], // texts
   };
   part("question-text").textContent = text;
   turns.set(key, turn);
@@ -551,13 +571,13 @@ function prettyJson(text) {
 
 function addNote(turn, text) {
   endAnswerPart(turn);
-  turn.hasNotes = true;
+  turn.notes.push(text);
   const label = make("strong", "note-label", "Note");
   const note = make("div", "note", label, make("span", "", text));
   addPart(turn, note);
 }
 
-// A turn without an answer has failed: its last note says why.
+// The last note of a turn that has failed says why.
 function markFailed(turn) {
   const note = [...turn.element.querySelectorAll(".note")].at(-1);
   note.classList.add("is-error");
@@ -625,7 +645,8 @@ async function loadHistory() {
   const which = state.reading ? { session: state.reading } : { peer: state.peer };
   const params = { ...which, limit: HISTORY_LIMIT };
   const history = await call("sessions.history", params);
-  if (load === state.loads) { // no other one was asked for meanwhile
+  const isLatest = load === state.loads;
+  if (isLatest) {
     showHistory(history);
   }
 }
@@ -633,25 +654,8 @@ async function loadHistory() {
 function showHistory(history) {
   beginConversation(history);
   const groups = groupTurns(history.messages);
-  for (const [key, group] of groups) {
-    const turn = findOrAddTurn(key, group.question.text, group.question.time);
-    if (turn.isLive || (turn.state === "done" && !turn.isStale)) {
-      continue; // it is complete as it is
-    }
-    turn.isStale = false;
-    fillTurn(turn, group.replies);
-    if (key !== history.running) {
-      finishTurn(turn);
-    }
-  }
-  for (const message of history.waiting) {
-    const turn = findOrAddTurn(messageKey(message), message.text);
-    const hasBegun = turn.isLive || turn.state === "done"; // events are faster
-    if (!hasBegun) {
-      log.append(turn.element);
-      setTurnState(turn, "waiting");
-    }
-  }
+  showGroups(groups, history.running);
+  showWaiting(history.waiting);
   const running = turns.get(history.running);
   if (running && !running.isLive) {
     setTurnState(running, "running");
@@ -661,29 +665,82 @@ function showHistory(history) {
   showView();
 }
 
-// Clear the log if the history is of another conversation than the one shown.
+function showGroups(groups, runningKey) {
+  let previous = null;
+  for (const [key, group] of groups) {
+    const turn = findOrAddTurn(key, group.question.text, group.question.time);
+    placeAfter(turn.element, previous);
+    previous = turn.element;
+    const isComplete = turn.state === "done" && !turn.isStale;
+    if (!turn.isLive && !isComplete) {
+      turn.isStale = false;
+      fillTurn(turn, group.replies);
+      if (key !== runningKey) {
+        finishTurn(turn);
+      }
+    }
+  }
+}
+
+function showWaiting(messages) {
+  for (const message of messages) {
+    const turn = findOrAddTurn(messageKey(message), message.text);
+    const hasBegun = turn.isLive || turn.state === "done"; // events are faster
+    if (!hasBegun) {
+      log.append(turn.element);
+      setTurnState(turn, "waiting");
+    }
+  }
+}
+
+// While the page was not connected, turns may have begun that it has in another order.
+function placeAfter(element, previous) {
+  const order = previous?.compareDocumentPosition(element);
+  if (order & Node.DOCUMENT_POSITION_PRECEDING) {
+    previous.after(element);
+  }
+}
+
+// The history may be of the conversation that is shown ("same"), of one that /new has
+// begun after it ("new"), or of any other.
+function compareToShown(history) {
+  if (history.session !== state.session) {
+    return "other";
+  }
+  if (state.sessionId === "" || history.id === state.sessionId) {
+    return "same";
+  }
+  return history.messages.length === 0 ? "new" : "other";
+}
+
 function beginConversation(history) {
-  const isSameSession = history.session === state.session;
-  const isSame = isSameSession && [history.id, ""].includes(state.sessionId);
-  const isNew = isSameSession && !isSame && history.messages.length === 0;
-  if (!isSame && !isNew) {
-    log.replaceChildren();
-    turns.clear();
-    state.running = null;
-    state.isAtEnd = true;
-  }
-  if (history.messages.length >= HISTORY_LIMIT && turns.size === 0) {
-    addDivider("Older messages are not shown");
-  }
-  if (isNew) {
-    addDivider(["New conversation", history.label].filter(Boolean).join(": "));
-  } else if (history.label && (history.label !== state.label || turns.size === 0)) {
-    addDivider(history.label);
+  const kind = compareToShown(history);
+  if (kind === "other") {
+    clearLog();
+    showBeginning(history);
+  } else if (kind === "new" || history.label !== state.label) {
+    addDivider(`New conversation: ${history.label}`.replace(/: $/, ""));
   }
   state.session = history.session;
   state.sessionId = history.id;
   state.label = history.label;
   state.agent = history.agent;
+}
+
+function clearLog() {
+  log.replaceChildren();
+  turns.clear();
+  state.running = null;
+  state.isAtEnd = true;
+}
+
+function showBeginning(history) {
+  if (history.messages.length >= HISTORY_LIMIT) {
+    addDivider("Older messages are not shown");
+  }
+  if (history.label) {
+    addDivider(history.label);
+  }
 }
 
 function groupTurns(messages) {
@@ -748,6 +805,7 @@ function beginTurn(event) {
   // After a restart of the gateway, a turn begins once more and goes on.
   turn.isStale = turn.part("parts").childElementCount > 0;
   endAnswerPart(turn);
+  turn.notes = [];
   setTurnState(turn, "running");
   placeBeforeWaiting(turn.element);
 }
@@ -772,28 +830,28 @@ function endTurn(event) {
     loadHistory();
     return;
   }
-  const isComplete = turn.isLive;
-  endAnswerPart(turn);
-  if (turn.answers.length === 0 && !turn.hasNotes && event.text) {
-    showWholeText(turn, event.text);
-  } else if (turn.answers.length === 0 && turn.hasNotes) {
-    markFailed(turn);
-  }
+  // Tool calls are shown shortened while they run; the history has them whole.
+  turn.isStale ||= turn.hasTools || !turn.isLive;
+  completeAnswer(turn, event.text);
   finishTurn(turn, Date.now() / 1000);
   announce(`${speakerOf(turn)}: ${turn.part("parts").innerText}`);
   countUnread();
-  // Tool calls are shown shortened while they run; the history has them whole.
-  turn.isStale ||= turn.hasTools || !isComplete;
   if (turn.isStale || event.session_id !== state.sessionId) {
     loadHistory();
   }
   refreshPanel();
 }
 
-function showWholeText(turn, text) {
-  if (isCommand(turn)) {
+// The end of a turn brings the whole answer, or the notes that say why there is none.
+function completeAnswer(turn, text) {
+  endAnswerPart(turn);
+  const hasFailed = turn.notes.length > 0 && text === turn.notes.join("\n");
+  const isMissing = text && turn.answers.length === 0;
+  if (hasFailed) {
+    markFailed(turn);
+  } else if (isMissing && isCommand(turn)) {
     addCommandResult(turn, text);
-  } else {
+  } else if (isMissing) {
     addAnswer(turn, text);
   }
 }
@@ -890,7 +948,7 @@ log.addEventListener("click", (event) => {
 
 byId("jump").addEventListener("click", () => {
   scrollToEnd();
-  textField.focus();
+  focusText();
 });
 
 // A screen reader gets whole messages, not each piece of a stream.
@@ -921,33 +979,29 @@ function showNotice(text, actionName, action) {
   }, 1000 * seconds);
 }
 
-log.addEventListener("click", (event) => {
-  const button = event.target.closest("button");
+onButton(log, (button) => {
   const turn = [...turns.values()].find((each) => each.element.contains(button));
-  if (!button || !turn) {
-    return;
-  }
   if (button.matches(".copy-code")) {
-    copy(button, button.closest(".code-frame").querySelector("pre").textContent);
+    const block = button.closest(".code-frame").querySelector("pre");
+    copy(block.textContent, button, "Copy");
   } else if (button.matches(".copy-answer")) {
-    copy(button, turn.answers.join("\n\n"));
+    copy(turn.answers.join("\n\n"), button, "Copy answer");
   } else if (button.matches(".send-again")) {
     sendAgain(turn);
   }
 });
 
-async function copy(button, text) {
+async function copy(text, button, label) {
   try {
     await navigator.clipboard.writeText(text);
   } catch (error) {
     showNotice(`Not copied: ${error.message}`);
     return;
   }
-  const before = button.textContent;
   button.textContent = "Copied";
   announce("Copied");
   setTimeout(() => {
-    button.textContent = before;
+    button.textContent = label;
   }, 1500);
 }
 
@@ -999,7 +1053,8 @@ async function deliver(entry) {
     forget(entry);
     onAccepted(entry, result);
   } catch (error) {
-    if (error.code) { // the gateway has answered: to send it once more is of no use
+    const isRefused = error.code !== undefined; // else the connection was lost
+    if (isRefused) {
       forget(entry);
       onRefused(entry, error.message);
     }
@@ -1048,7 +1103,7 @@ function showStopButton() {
 byId("stop").addEventListener("click", () => say("/stop"));
 byId("new").addEventListener("click", () => {
   say("/new");
-  textField.focus();
+  focusText();
 });
 
 composer.addEventListener("submit", (event) => {
@@ -1057,8 +1112,8 @@ composer.addEventListener("submit", (event) => {
   if (isTooLong(text)) {
     showNotice("This is too long for one message. Put it into a file instead.");
   } else if (text) {
-    setText("");
     say(text);
+    setText("");
   }
   textField.focus();
 });
@@ -1076,6 +1131,16 @@ function onTyped() {
   textField.style.height = "auto";
   textField.style.height = `${textField.scrollHeight}px`;
   showCompletions();
+  showHint();
+}
+
+const KEYS = byId("keys").textContent;
+
+// What may follow the command that is being typed.
+function showHint() {
+  const name = textField.value.split(/\s/)[0];
+  const command = state.commands.find((each) => nameOf(each) === name);
+  byId("keys").textContent = command ? `${command.usage}: ${command.about}` : KEYS;
 }
 
 textField.addEventListener("input", onTyped);
@@ -1089,23 +1154,33 @@ textField.addEventListener("keydown", (event) => {
   if (isComposing(event) || onCompletionKey(event)) {
     return;
   }
-  const isTouch = matchMedia("(pointer: coarse)").matches; // no Shift+Enter there
-  const wantsLine = event.shiftKey || (isTouch && !event.ctrlKey);
-  if (event.key === "Enter" && !wantsLine) {
+  const handlers = {
+    Enter: sendOnEnter,
+    ArrowUp: recall,
+    ArrowDown: recall,
+    PageUp: scrollLog,
+    PageDown: scrollLog,
+  };
+  handlers[event.key]?.(event);
+});
+
+function sendOnEnter(event) {
+  const wantsLine = event.shiftKey || (isTouch() && !event.ctrlKey);
+  if (!wantsLine) {
     event.preventDefault();
     composer.requestSubmit();
-  } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
-    recall(event);
-  } else if (event.key === "PageUp" || event.key === "PageDown") {
-    const direction = event.key === "PageUp" ? -1 : 1;
-    scroller.scrollBy(0, direction * 0.8 * scroller.clientHeight);
   }
-});
+}
+
+function scrollLog(event) {
+  const direction = event.key === "PageUp" ? -1 : 1;
+  scroller.scrollBy(0, direction * 0.8 * scroller.clientHeight);
+}
 
 // ArrowUp in an empty field brings back the last message, and then those before it.
 function recall(event) {
   const own = [...turns.values()].filter((turn) => turn.isOwn);
-  const texts = ["", ...own.map((turn) => turn.text).reverse()];
+  const texts = [...new Set(["", ...own.map((turn) => turn.text).reverse()])];
   const position = texts.indexOf(textField.value);
   const isRecalled = position === 0 || textField.value === state.recalled;
   const next = position + (event.key === "ArrowUp" ? 1 : -1);
@@ -1126,7 +1201,7 @@ function matchingCommands() {
   const text = textField.value;
   const isTypingName = /^\/\S*$/.test(text);
   const isName = state.commands.some((command) => nameOf(command) === text);
-  if (!isTypingName || isName || state.closedFor === text) {
+  if (!isTypingName || isName) {
     return [];
   }
   return state.commands.filter((command) => nameOf(command).startsWith(text));
@@ -1141,6 +1216,10 @@ function showCompletions() {
     option.dataset.name = nameOf(command);
     return option;
   });
+  showOptions(options);
+}
+
+function showOptions(options) {
   completions.replaceChildren(...options);
   completions.hidden = options.length === 0;
   chooseOption(options[0]);
@@ -1175,8 +1254,7 @@ function onCompletionKey(event) {
   } else if (event.key === "Enter" || event.key === "Tab") {
     complete(option);
   } else if (event.key === "Escape") {
-    state.closedFor = textField.value;
-    showCompletions();
+    showOptions([]);
   } else {
     return false;
   }
@@ -1221,14 +1299,25 @@ function isOfWebAccount(binding) {
   return binding.channel === "web" && isAccount && binding.guild === "";
 }
 
-// The binding of a tier for this chat: the one with the highest priority.
+// The binding of a tier for this chat, if there is one.
 function bindingOf(tier) {
   const found = state.bindings.filter(
     (binding) => binding.tier === tier.name && tier.fits(binding),
   );
-  const fields = (b) => [b.channel, b.account, b.peer].filter(Boolean).length;
-  found.sort((a, b) => b.priority - a.priority || fields(b) - fields(a));
-  return found[0];
+  return found.toSorted(byRank)[0];
+}
+
+// The highest priority is the first; then the binding with the most fields.
+function byRank(one, other) {
+  if (one.priority !== other.priority) {
+    return other.priority - one.priority;
+  }
+  return fieldsOf(other).length - fieldsOf(one).length;
+}
+
+function fieldsOf(binding) {
+  const names = ["channel", "account", "peer", "guild"];
+  return names.filter((name) => binding[name]);
 }
 
 function decidingTier() {
@@ -1246,10 +1335,10 @@ async function refreshPanel() {
   const methods = ["agents.list", "sessions.list", "bindings.list"];
   const answers = await Promise.all(methods.map((method) => call(method)));
   [state.agents, state.sessions, state.bindings] = answers;
-  showPanel();
   if (!state.reading && decidingAgent() !== state.agent) {
-    await loadHistory(); // somebody else has changed a binding of this chat
+    await loadHistory(); // a binding of this chat has changed
   }
+  showPanel();
   showView();
 }
 
@@ -1259,11 +1348,10 @@ function showPanel() {
   replaceList(byId("tiers"), TIERS.map(tierItem));
   const latest = state.sessions.toSorted((one, other) => other.used - one.used);
   replaceList(byId("sessions"), latest.map(sessionItem));
-  replaceList(byId("bindings"), state.bindings.map(bindingItem));
+  const none = make("li", "hint", "None: every message goes to main.");
+  const bindings = state.bindings.map(bindingItem);
+  replaceList(byId("bindings"), bindings.length > 0 ? bindings : [none]);
   byId("unbind").hidden = !bindingOf(TIERS[0]);
-  if (state.bindings.length === 0) {
-    byId("bindings").append(make("li", "hint", "None: every message goes to main."));
-  }
   const select = byId("binding-form").elements.agent;
   const names = state.agents.map((agent) => agent.id);
   if (select.options.length !== names.length) {
@@ -1343,9 +1431,7 @@ function describeSession(key) {
 
 function bindingItem(binding, index) {
   const { agent, tier, priority } = binding;
-  const names = ["channel", "account", "peer", "guild"];
-  const fields = names.filter((name) => binding[name]);
-  const parts = fields.map((name) => `${name} ${binding[name]}`);
+  const parts = fieldsOf(binding).map((name) => `${name} ${binding[name]}`);
   if (priority) {
     parts.push(`priority ${priority}`);
   }
@@ -1360,7 +1446,8 @@ function bindingItem(binding, index) {
 // What the panel changes
 
 function withoutTier(binding) {
-  const { tier, ...fields } = binding;
+  const fields = { ...binding };
+  delete fields.tier;
   return fields;
 }
 
@@ -1391,23 +1478,15 @@ async function removeBinding(binding) {
   }
 }
 
-byId("agents").addEventListener("click", (event) => {
-  const button = event.target.closest("button");
-  if (button) {
-    chooseAgent(button.dataset.key);
-  }
+onButton(byId("agents"), (button) => chooseAgent(button.dataset.key));
+onButton(byId("sessions"), (button) => showSession(button.dataset.key));
+onButton(byId("bindings"), (button) => {
+  removeBinding(state.bindings[button.dataset.index]);
 });
 
 byId("unbind").addEventListener("click", async () => {
   await removeBinding(bindingOf(TIERS[0]));
   byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button is gone
-});
-
-byId("bindings").addEventListener("click", (event) => {
-  const button = event.target.closest("button");
-  if (button) {
-    removeBinding(state.bindings[button.dataset.index]);
-  }
 });
 
 byId("binding-form").addEventListener("submit", async (event) => {
@@ -1422,13 +1501,6 @@ byId("binding-form").addEventListener("submit", async (event) => {
   }
 });
 
-byId("sessions").addEventListener("click", (event) => {
-  const key = event.target.closest("button")?.dataset.key;
-  if (key) {
-    showSession(key);
-  }
-});
-
 // Another session is shown for reading only.
 async function showSession(key) {
   const own = state.reading ? state.ownSession : state.session;
@@ -1440,7 +1512,11 @@ async function showSession(key) {
   }
   await loadHistory();
   showPanel();
-  (state.reading ? byId("back") : textField).focus();
+  if (state.reading) {
+    byId("back").focus();
+  } else {
+    focusText();
+  }
 }
 
 function showChat() {
@@ -1522,16 +1598,14 @@ const SUGGESTIONS = [
   "/agents",
 ];
 
-function showSuggestions() {
-  for (const text of SUGGESTIONS) {
-    const button = panelButton("suggestion", text, text);
-    button.addEventListener("click", () => {
-      say(text);
-      textField.focus();
-    });
-    byId("suggestions").append(make("li", "", button));
-  }
+for (const text of SUGGESTIONS) {
+  byId("suggestions").append(make("li", "", panelButton("suggestion", text, text)));
 }
+
+onButton(byId("suggestions"), (button) => {
+  say(button.dataset.key);
+  focusText();
+});
 
 window.addEventListener("online", connect);
 window.addEventListener("hashchange", () => {
@@ -1549,13 +1623,12 @@ setInterval(() => {
 
 setTheme(localStorage.getItem("theme") ?? "auto");
 showPanelIfWide();
-showSuggestions();
 setText(localStorage.getItem("draft") ?? "");
 showOutbox();
 takeTokenFromAddress();
 if (state.token) {
   connect();
-  textField.focus();
+  focusText();
 } else {
   askForToken();
 }

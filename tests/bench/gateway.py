@@ -19,7 +19,7 @@ from measure import row
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect
 
-REQUESTS = 2000
+REQUESTS = 4000
 STATUS = '{"jsonrpc": "2.0", "id": 1, "method": "status"}'
 ECHO = """
 import asyncio
@@ -47,7 +47,7 @@ def gateway(folder: Path) -> None:
             waits: dict[str, list[float]] = {"websockets echo": [], section.label: []}
             links = zip(waits, (echo, ours), strict=True)
             load = {name: loading(link, clients, waits[name]) for name, link in links}
-            seconds = medians(3, load)
+            seconds = medians(7, load)
             for name, took in seconds.items():
                 *_, last = cuts = statistics.quantiles(waits[name], n=100)
                 latency = f"p50 {cuts[49] * 1000:.1f} ms, p99 {last * 1000:.1f} ms"
