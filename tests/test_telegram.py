@@ -364,7 +364,7 @@ def test_parts_are_one_message(bot: Bot, kind: str, place: str):
 def test_parts_that_come_one_by_one_are_one_message(bot: Bot):
     with bot.run():
         polls = len(bot.called("getUpdates"))
-        more = {"gap": 0.05}
+        more = {"gap": 0.03}
         threading.Thread(
             target=bot.telegram.album, args=["my cats"], kwargs=more
         ).start()
@@ -465,8 +465,6 @@ def test_groups_and_topics(bot: Bot):
         bot.wait_done()
     assert not [asked for asked in bot.questions if "idle" in asked]
     assert not [asked for asked in bot.questions if "@" in asked]
-    typing = {(action.chat_id, action.thread_id) for action in telegram.actions}
-    assert typing >= {(FORUM, 9), (FORUM, 11), (FORUM, 1), (GROUP, None)}
 
 
 @since("s04")
@@ -773,24 +771,45 @@ def test_a_long_stretch_of_blank_lines(bot: Bot):
 
 
 @since("s04")
+def test_typing_is_shown_where_the_answer_will_be(bot: Bot):
+    seen = bot.telegram.actions
+
+    def answer(body: dict) -> Text:
+        bot.telegram.until(lambda: len(seen) >= len(bot.model.chats), what="typing")
+        return Text("here it is")
+
+    bot.model.script("brain", [answer], repeat=True)
+    with bot.run():
+        bot.ask("hello")
+        bot.ask("hello", GROUP, mention=True)
+        bot.ask("hello", FORUM, mention=True, topic=9)
+        bot.ask("hello", FORUM, mention=True, forum=True)
+    assert {action.action for action in seen} == {"typing"}
+    places = [(action.chat_id, action.thread_id) for action in seen]
+    expected = [(42, None), (GROUP, None), (FORUM, 9), (FORUM, 1)]
+    assert list(dict.fromkeys(places)) == expected
+
+
+@since("s04")
 @pytest.mark.costly
 def test_typing_is_shown_while_the_model_works(bot: Bot):
     gate = threading.Event()
-    bot.model.script("brain", [brain, Gate(gate, Text("at last"))])
-    seen = bot.telegram.actions
+    bot.model.script("brain", [brain, Gate(gate, Text("at last")), brain])
+
+    def times(chat_id: int) -> list[float]:
+        return [seen.at for seen in bot.telegram.actions if seen.chat_id == chat_id]
+
     with bot.run():
         bot.ask("quick")
         bot.telegram.say("slow", 43)
-        bot.telegram.until(
-            lambda: [action.chat_id for action in seen].count(43) == 2,
-            what="typing, once more",
-        )
+        bot.telegram.until(lambda: len(times(43)) == 2, PATIENCE, "typing again")
         gate.set()
         assert bot.wait(1, 43)[0].text == "at last"
-        bot.wait_done()
-    typing = [(action.chat_id, action.action) for action in seen]
-    assert typing == [(42, "typing"), (43, "typing"), (43, "typing")]
-    assert 3 < seen[2].at - seen[1].at < 5, "Telegram shows it for five seconds"
+        bot.ask("next")
+    assert len(times(42)) <= 2, "it ends with the turn"
+    assert len(times(43)) == 2
+    first, second = times(43)
+    assert 3 < second - first < 5, "Telegram shows it for five seconds"
 
 
 @since("s04")
@@ -895,7 +914,7 @@ def test_a_user_who_has_blocked_the_bot(bot: Bot):
 @since("s04")
 @pytest.mark.costly
 def test_flood_control_is_waited_out(bot: Bot):
-    bot.telegram.flood(42, seconds=2)
+    bot.telegram.flood(42, seconds=3)
     with bot.run():
         began = time.monotonic()
         bot.telegram.say("flooded", 42)
@@ -906,7 +925,7 @@ def test_flood_control_is_waited_out(bot: Bot):
         bot.wait_done()
     assert other.text == "heard other"
     assert other.at < flooded.at, "nobody waits for the flood of another chat"
-    assert flooded.at - began >= 2
+    assert flooded.at - began >= 3
     assert len(bot.called("sendMessage")) == 3
 
 
@@ -915,11 +934,11 @@ def test_flood_control_is_waited_out(bot: Bot):
 def test_two_processes_with_one_bot(bot: Bot):
     bot.telegram.poll_cap = 0.2
     bot.telegram.fail("getUpdates", 409, CONFLICT, times=2)
+    began = time.monotonic()
     with bot.run() as screen:
-        began = time.monotonic()
         screen.wait_for("Conflict: terminated by other getUpdates request")
         assert bot.ask("hello").text == "heard hello"
-        assert time.monotonic() - began > 1, "it does not try again at once"
+        assert time.monotonic() - began > 2, "it does not try again at once"
         screen.wait_for("on, as @tutor_bot")
     assert len(lines_with(screen.paper, "Conflict")) == 1
 
@@ -974,7 +993,7 @@ def test_an_outage(bot: Bot):
         telegram.say("five", 44)
         screen.wait_for("trying again")
         bot.type(screen, "the terminal goes on")
-        assert len(telegram.calls) - polls < 12, "it does not try again at once"
+        assert len(telegram.calls) - polls < 40, "it does not try again at once"
         telegram.down(port=True)
         screen.wait_for("trying again")
         telegram.up()
