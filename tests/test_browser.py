@@ -13,6 +13,7 @@ import harness
 import pytest
 from browser import Browser
 from browser import find
+from fake_model import Drop
 from fake_model import Error
 from fake_model import FakeModel
 from fake_model import Gate
@@ -21,6 +22,8 @@ from fake_model import ToolCalls
 from harness import since
 
 needs_chromium = pytest.mark.skipif(not find(), reason="needs Chromium")
+# What no later section can change runs on the first one alone.
+is_about_the_page = pytest.mark.costly
 WEBCHAT = harness.REPO / "sessions" / "webchat"
 LINK = re.compile(r"(http://127\.0\.0\.1:\d+/)#token=(\S+)")
 CONNECTED = (  # and what was said before is loaded
@@ -123,6 +126,8 @@ class Desk:
             return Gate(self.gate, Text(f"heard {questions[-1]}"), after_chunks=2)
         if verb == "fail":
             return Error(422)
+        if verb == "drop":
+            return Drop(2, then=Text(f"heard {questions[-1]}"))
         if verb == "stream":
             pieces = [LONG, "\n\nthen ", "more"]
             return Gate(self.gate, Text("", pieces=pieces), after_chunks=3)
@@ -249,6 +254,7 @@ def test_a_conversation_by_keyboard_alone(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_markdown_and_its_copy_buttons(page: Page):
     permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     page.browser.call(
@@ -318,6 +324,14 @@ def test_an_error_is_no_answer(page: Page):
 
 
 @needs_chromium
+@since("s05", until="s08")  # from s09 on, it is tried again
+def test_an_answer_that_breaks_off_is_an_error(page: Page):
+    page.ask("drop this")
+    assert page.text_of(".text") == "heard"
+    assert page.text_of(".note.is-error .note-label") == "Error"
+
+
+@needs_chromium
 @since("s05")
 def test_messages_wait_while_the_agent_works(page: Page):
     page.say("wait")
@@ -355,6 +369,7 @@ def test_a_new_conversation_is_set_apart(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_commands_are_completed(page: Page):
     selected = "document.querySelector('[role=option][aria-selected=true]')"
     page.browser.type("/")
@@ -482,6 +497,7 @@ def test_two_tabs_show_the_same(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_the_title_counts_what_is_unread(page: Page):
     hidden = "Object.defineProperty(document, 'hidden', {get: () => window.isAway})"
     page.get(f"void (window.isAway = true, {hidden})")
@@ -495,6 +511,7 @@ def test_the_title_counts_what_is_unread(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_a_message_that_is_too_long_stays_in_the_field(page: Page):
     page.get("text.value = 'long '.repeat(220_000)")
     page.browser.press("Enter")
@@ -507,6 +524,7 @@ def test_a_message_that_is_too_long_stays_in_the_field(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_on_a_phone_and_in_the_dark(page: Page):
     page.ask("markdown")
     page.ask("fail")
@@ -537,6 +555,7 @@ def test_on_a_phone_and_in_the_dark(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_hostile_texts_are_harmless(page: Page):
     page.ask("hostile")
     page.ask("<img src=x onerror='window.hit = 6'>")
@@ -555,6 +574,7 @@ def test_hostile_texts_are_harmless(page: Page):
 
 @needs_chromium
 @since("s05")
+@is_about_the_page
 def test_the_accessibility_tree(page: Page):
     page.ask("markdown")
     page.ask("read SOUL.md")

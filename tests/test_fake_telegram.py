@@ -304,6 +304,18 @@ def test_faults(server: FakeTelegram):
     )
 
 
+def test_late_answers_that_wait_for_something(server: FakeTelegram):
+    async def two_at_once(bot: Bot) -> None:
+        both = [bot.send_message(42, text, read_timeout=20) for text in ("a", "b")]
+        await asyncio.gather(*both)
+
+    server.know(42)
+    both_are_there = lambda: len(server.calls) >= 2  # noqa: E731
+    server.hang("sendMessage", 60, times=2, until=both_are_there)
+    use(server, two_at_once)
+    assert len(server.sent) == 2
+
+
 @pytest.mark.parametrize("port", [False, True])
 def test_outages(server: FakeTelegram, port: bool):
     async def through(bot: Bot) -> None:

@@ -22,6 +22,7 @@ from gateway_client import Client
 from gateway_client import Gateway
 from gateway_client import load_json
 from gateway_client import request
+from harness import REPO
 from harness import Section
 from harness import pipe
 from harness import since
@@ -344,7 +345,13 @@ def test_a_page_that_comes_through_a_tunnel_gets_in(gateway: Gateway, scheme: st
         assert gateway.fetch("/healthz", Host=host)[0] == 200
 
 
+WEBCHAT = REPO / "sessions" / "webchat"
 PAGE_FILES = ["index.html", "webchat.js", "webchat.css"]
+CONTENT_TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+}
 OUTSIDE = [  # paths that lead to no file of the page
     "/nope",
     "/nope.js",
@@ -370,18 +377,16 @@ OUTSIDE = [  # paths that lead to no file of the page
 @since("s05")
 def test_the_pages(gateway: Gateway):
     gateway.start()
-    folder = gateway.section.module.WEBCHAT
-    files = {f"/{name}": folder / name for name in PAGE_FILES}
-    files = {"/": folder / "index.html", **files}
+    files = {"/": WEBCHAT / "index.html"}
+    for name in PAGE_FILES:
+        files[f"/{name}"] = WEBCHAT / name
     for path, file in files.items():
-        if file.exists():
-            status, headers, body = gateway.fetch(path)
-            assert (status, body) == (200, file.read_bytes()), path
-            kind = {"html": "html", "js": "javascript", "css": "css"}[file.suffix[1:]]
-            assert headers["content-type"] == f"text/{kind}; charset=utf-8"
-            check_headers(headers, body)
-            assert gateway.token.encode() not in body
-            assert gateway.fetch(f"{path}?a=b")[0] == 200
+        status, headers, body = gateway.fetch(path)
+        assert (status, body) == (200, file.read_bytes()), path
+        assert headers["content-type"] == f"{CONTENT_TYPES[file.suffix]}; charset=utf-8"
+        check_headers(headers, body)
+        assert gateway.token.encode() not in body
+        assert gateway.fetch(f"{path}?a=b")[0] == 200
     status, headers, body = gateway.fetch("/healthz")
     assert (status, body) == (200, b"ok\n")
     check_headers(headers, body)
@@ -501,8 +506,8 @@ def test_the_page_and_the_program_are_out_of_the_tools_reach(gateway: Gateway):
     """Whoever has the token may talk, and that is all."""
     gateway.start()
     client = gateway.client()
-    page = gateway.section.module.WEBCHAT / "index.html"
-    before = page.read_bytes() if page.exists() else b""
+    page = WEBCHAT / "index.html"
+    before = page.read_bytes()
     secrets = ["../.env", ".state/gateway-token", ".sessions", "/etc/passwd"]
     for path in (*secrets, str(page)):
         client.ask(tool("read_file", path=path))
@@ -512,7 +517,7 @@ def test_the_page_and_the_program_are_out_of_the_tools_reach(gateway: Gateway):
     assert len(results) == 8
     for result in results:
         assert result.startswith("error"), results
-    assert before == (page.read_bytes() if page.exists() else b"")
+    assert page.read_bytes() == before
 
 
 @since("s05")
@@ -562,6 +567,7 @@ def test_a_turn_as_a_client_sees_it(gateway: Gateway):
     assert now["session"] == key
     assert now["agent"] == "main"
     assert now["running"] == "web:alice:one"
+    assert now["waiting"] == [], "what runs is in the session already"
     (question,) = now["messages"]
     assert question["role"] == "user"
     assert question["text"] == "wait for it"

@@ -147,8 +147,9 @@ def test_a_topic_goes_with_its_chat_and_its_own_binding_comes_first(
 ):
     chat = {"agent": "luna", "channel": "telegram", "peer": "-100"}
     topic = {"agent": "sage", "channel": "telegram", "peer": "-100:topic:7"}
+    guild = {"agent": "luna", "channel": "telegram", "peer": "-100", "guild": "g"}
     room = {"agent": "sage", "channel": "matrix", "peer": "!room:server.example"}
-    for bindings in itertools.permutations([chat, topic, room]):
+    for bindings in itertools.permutations([chat, topic, guild, room]):
         table = make_table(section, tmp_path / "b.json", bindings)
 
         def agent_of(table=table, **fields: str) -> str:
@@ -157,6 +158,7 @@ def test_a_topic_goes_with_its_chat_and_its_own_binding_comes_first(
 
         assert agent_of(peer="-100") == "luna"
         assert agent_of(peer="-100:topic:7") == "sage"
+        assert agent_of(peer="-100:topic:7", guild="g") == "sage"
         assert agent_of(peer="-100:topic:8") == "luna"
         assert agent_of(peer="-1001:topic:7") == ""
         assert agent_of(channel="matrix", peer="!room:server.example") == "sage"
@@ -769,6 +771,7 @@ def test_agents_at_the_terminal(gateway: Gateway):
     }
     gateway.type("hello sage")
     assert "luna" in gateway.type("/agent luna")
+    assert client.say("hello", peer="alice")["session"].startswith("agent:main:")
     gateway.type("hello luna")
     gateway.type("and again")
     gateway.type("/agent off")

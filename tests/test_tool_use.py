@@ -429,10 +429,10 @@ def test_extras_that_cannot_go_back(
 
 DEEP = '{"path": ' + "[" * 100_000 + "]" * 100_000 + "}"
 BAD_CALLS = {  # the call, and what its result must say
-    "unknown tool": ("no_such_tool", "{}", "no_such_tool.*read_file"),
-    "odd name": ("rm -rf /; é\n\x1b[2J", "{}", "read_file"),
-    "long name": ("n" * 500, "{}", "read_file"),
-    "no name": ("", "{}", "read_file"),
+    "unknown tool": ("no_such_tool", "{}", "no tool no_such_tool"),
+    "odd name": ("rm -rf /; é\n\x1b[2J", "{}", "there is no tool rm_-rf"),
+    "long name": ("n" * 500, "{}", "no tool n{64}$"),
+    "no name": ("", "{}", "no tool unnamed"),
     "no json": ("read_file", "path=SOUL.md", "(?i)json"),
     "cut off": ("read_file", '{"path": "SOUL.m', "(?i)json"),
     "two objects": ("read_file", '{"path": "a"}{"path": "bcdefghijkl"}', "(?i)json"),
@@ -462,6 +462,14 @@ BAD_CALLS = {  # the call, and what its result must say
     "below a file": ("read_file", '{"path": "SOUL.md/x"}', ""),
     "long path": ("write_file", json.dumps({"path": "x" * 5000, "content": ""}), ""),
 }
+
+
+@since("s02")
+def test_a_model_gone_wild_is_held_back(section: Section, fake_model: FakeModel):
+    """Of 3,000 calls in one answer a hundred are run, and the history stays valid."""
+    calls = [("read_file", {"path": f"{number}.md"}) for number in range(3000)]
+    _, turns = converse(section, fake_model, {"go": [ToolCalls(calls)]})
+    assert len(results(turns["go"])) == 100
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -1359,6 +1359,7 @@ def error_text(error: openai.OpenAIError) -> str:
 
 REMEMBER_SECONDS = 24 * 3600  # after that, no platform brings a message again
 MAX_WAITING = 100  # messages of one chat
+MAX_PARTS = 12  # of one message; the longest album has ten
 SESSION_COMMANDS = ["/new", "/list", "/switch", "/context", "/compact"]
 REMOTE_COMMANDS = [*SESSION_COMMANDS]  # what people may use on all channels
 
@@ -1470,21 +1471,25 @@ class Inbox:
                 seconds = message.received - whole.received
                 is_in_time = 0 <= seconds < whole.expects_more
                 is_same_sender = message.sender == whole.sender
-                if is_in_time and is_same_sender and chat_of(message) == chat_of(whole):
+                is_same_chat = chat_of(message) == chat_of(whole)
+                has_room = len(whole.other_ids) < MAX_PARTS - 1
+                if is_in_time and is_same_sender and is_same_chat and has_room:
                     return whole
         return None
 
     def take(self) -> InboundMessage:
-        """Wait for the next message, and for all its parts, and return it."""
+        """Wait for a message with all its parts, and return the first there is."""
         with self.changed:
             while True:
-                self.changed.wait_for(lambda: self.waiting)
-                message = self.waiting[0]
-                seconds = message.received + message.expects_more - time.time()
-                # The second case: somebody has set the clock back.
-                if seconds <= 0 or seconds > message.expects_more:
-                    return self.waiting.pop(0)
-                self.changed.wait(seconds)
+                pauses = []
+                for message in self.waiting:
+                    seconds = message.received + message.expects_more - time.time()
+                    # The second case: somebody has set the clock back.
+                    if seconds <= 0 or seconds > message.expects_more:
+                        self.waiting.remove(message)
+                        return message
+                    pauses.append(seconds)
+                self.changed.wait(min(pauses, default=None))  # None: until a new one
 
     def set_answer(self, message: InboundMessage, answer: str) -> None:
         """Keep the answer to a message until it is sent."""
@@ -1810,7 +1815,8 @@ class App:
             print()
         except SystemExit as error:  # a signal, such as SIGTERM
             status = error.code
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a second one changes nothing
+            signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
         self.close(1)
         sys.stdout.flush()
         os._exit(status)  # it waits for no thread; what is not done is in the inbox

@@ -403,7 +403,7 @@ function addTurn(key, text) {
     openCalls: [], // tool calls without a result
     hasTools: false,
     isStale: false, // the history has it better than it is shown
-    hasNotes: false,
+    notes: [], // texts
   };
   part("question-text").textContent = text;
   turns.set(key, turn);
@@ -571,13 +571,13 @@ function prettyJson(text) {
 
 function addNote(turn, text) {
   endAnswerPart(turn);
-  turn.hasNotes = true;
+  turn.notes.push(text);
   const label = make("strong", "note-label", "Note");
   const note = make("div", "note", label, make("span", "", text));
   addPart(turn, note);
 }
 
-// A turn without an answer has failed: its last note says why.
+// The last note of a turn that has failed says why.
 function markFailed(turn) {
   const note = [...turn.element.querySelectorAll(".note")].at(-1);
   note.classList.add("is-error");
@@ -645,7 +645,8 @@ async function loadHistory() {
   const which = state.reading ? { session: state.reading } : { peer: state.peer };
   const params = { ...which, limit: HISTORY_LIMIT };
   const history = await call("sessions.history", params);
-  if (load === state.loads) { // no other one was asked for meanwhile
+  const isLatest = load === state.loads;
+  if (isLatest) {
     showHistory(history);
   }
 }
@@ -653,28 +654,8 @@ async function loadHistory() {
 function showHistory(history) {
   beginConversation(history);
   const groups = groupTurns(history.messages);
-  let previous = null;
-  for (const [key, group] of groups) {
-    const turn = findOrAddTurn(key, group.question.text, group.question.time);
-    placeAfter(turn.element, previous);
-    previous = turn.element;
-    if (turn.isLive || (turn.state === "done" && !turn.isStale)) {
-      continue; // it is complete as it is
-    }
-    turn.isStale = false;
-    fillTurn(turn, group.replies);
-    if (key !== history.running) {
-      finishTurn(turn);
-    }
-  }
-  for (const message of history.waiting) {
-    const turn = findOrAddTurn(messageKey(message), message.text);
-    const hasBegun = turn.isLive || turn.state === "done"; // events are faster
-    if (!hasBegun) {
-      log.append(turn.element);
-      setTurnState(turn, "waiting");
-    }
-  }
+  showGroups(groups, history.running);
+  showWaiting(history.waiting);
   const running = turns.get(history.running);
   if (running && !running.isLive) {
     setTurnState(running, "running");
@@ -682,6 +663,34 @@ function showHistory(history) {
   settleTurns(history, groups);
   showOutbox();
   showView();
+}
+
+function showGroups(groups, runningKey) {
+  let previous = null;
+  for (const [key, group] of groups) {
+    const turn = findOrAddTurn(key, group.question.text, group.question.time);
+    placeAfter(turn.element, previous);
+    previous = turn.element;
+    const isComplete = turn.state === "done" && !turn.isStale;
+    if (!turn.isLive && !isComplete) {
+      turn.isStale = false;
+      fillTurn(turn, group.replies);
+      if (key !== runningKey) {
+        finishTurn(turn);
+      }
+    }
+  }
+}
+
+function showWaiting(messages) {
+  for (const message of messages) {
+    const turn = findOrAddTurn(messageKey(message), message.text);
+    const hasBegun = turn.isLive || turn.state === "done"; // events are faster
+    if (!hasBegun) {
+      log.append(turn.element);
+      setTurnState(turn, "waiting");
+    }
+  }
 }
 
 // While the page was not connected, turns may have begun that it has in another order.
@@ -692,29 +701,46 @@ function placeAfter(element, previous) {
   }
 }
 
-// Clear the log if the history is of another conversation than the one shown.
+// The history may be of the conversation that is shown ("same"), of one that /new has
+// begun after it ("new"), or of any other.
+function compareToShown(history) {
+  if (history.session !== state.session) {
+    return "other";
+  }
+  if (state.sessionId === "" || history.id === state.sessionId) {
+    return "same";
+  }
+  return history.messages.length === 0 ? "new" : "other";
+}
+
 function beginConversation(history) {
-  const isSameSession = history.session === state.session;
-  const isSame = isSameSession && [history.id, ""].includes(state.sessionId);
-  const isNew = isSameSession && !isSame && history.messages.length === 0;
-  if (!isSame && !isNew) {
-    log.replaceChildren();
-    turns.clear();
-    state.running = null;
-    state.isAtEnd = true;
-  }
-  if (history.messages.length >= HISTORY_LIMIT && turns.size === 0) {
-    addDivider("Older messages are not shown");
-  }
-  if (isNew) {
-    addDivider(["New conversation", history.label].filter(Boolean).join(": "));
-  } else if (history.label && (history.label !== state.label || turns.size === 0)) {
-    addDivider(history.label);
+  const kind = compareToShown(history);
+  if (kind === "other") {
+    clearLog();
+    showBeginning(history);
+  } else if (kind === "new" || history.label !== state.label) {
+    addDivider(`New conversation: ${history.label}`.replace(/: $/, ""));
   }
   state.session = history.session;
   state.sessionId = history.id;
   state.label = history.label;
   state.agent = history.agent;
+}
+
+function clearLog() {
+  log.replaceChildren();
+  turns.clear();
+  state.running = null;
+  state.isAtEnd = true;
+}
+
+function showBeginning(history) {
+  if (history.messages.length >= HISTORY_LIMIT) {
+    addDivider("Older messages are not shown");
+  }
+  if (history.label) {
+    addDivider(history.label);
+  }
 }
 
 function groupTurns(messages) {
@@ -779,6 +805,7 @@ function beginTurn(event) {
   // After a restart of the gateway, a turn begins once more and goes on.
   turn.isStale = turn.part("parts").childElementCount > 0;
   endAnswerPart(turn);
+  turn.notes = [];
   setTurnState(turn, "running");
   placeBeforeWaiting(turn.element);
 }
@@ -803,28 +830,28 @@ function endTurn(event) {
     loadHistory();
     return;
   }
-  const isComplete = turn.isLive;
-  endAnswerPart(turn);
-  if (turn.answers.length === 0 && !turn.hasNotes && event.text) {
-    showWholeText(turn, event.text);
-  } else if (turn.answers.length === 0 && turn.hasNotes) {
-    markFailed(turn);
-  }
+  // Tool calls are shown shortened while they run; the history has them whole.
+  turn.isStale ||= turn.hasTools || !turn.isLive;
+  completeAnswer(turn, event.text);
   finishTurn(turn, Date.now() / 1000);
   announce(`${speakerOf(turn)}: ${turn.part("parts").innerText}`);
   countUnread();
-  // Tool calls are shown shortened while they run; the history has them whole.
-  turn.isStale ||= turn.hasTools || !isComplete;
   if (turn.isStale || event.session_id !== state.sessionId) {
     loadHistory();
   }
   refreshPanel();
 }
 
-function showWholeText(turn, text) {
-  if (isCommand(turn)) {
+// The end of a turn brings the whole answer, or the notes that say why there is none.
+function completeAnswer(turn, text) {
+  endAnswerPart(turn);
+  const hasFailed = turn.notes.length > 0 && text === turn.notes.join("\n");
+  const isMissing = text && turn.answers.length === 0;
+  if (hasFailed) {
+    markFailed(turn);
+  } else if (isMissing && isCommand(turn)) {
     addCommandResult(turn, text);
-  } else {
+  } else if (isMissing) {
     addAnswer(turn, text);
   }
 }
@@ -1026,7 +1053,8 @@ async function deliver(entry) {
     forget(entry);
     onAccepted(entry, result);
   } catch (error) {
-    if (error.code) { // the gateway has answered: to send it once more is of no use
+    const isRefused = error.code !== undefined; // else the connection was lost
+    if (isRefused) {
       forget(entry);
       onRefused(entry, error.message);
     }
@@ -1126,17 +1154,28 @@ textField.addEventListener("keydown", (event) => {
   if (isComposing(event) || onCompletionKey(event)) {
     return;
   }
+  const handlers = {
+    Enter: sendOnEnter,
+    ArrowUp: recall,
+    ArrowDown: recall,
+    PageUp: scrollLog,
+    PageDown: scrollLog,
+  };
+  handlers[event.key]?.(event);
+});
+
+function sendOnEnter(event) {
   const wantsLine = event.shiftKey || (isTouch() && !event.ctrlKey);
-  if (event.key === "Enter" && !wantsLine) {
+  if (!wantsLine) {
     event.preventDefault();
     composer.requestSubmit();
-  } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
-    recall(event);
-  } else if (event.key === "PageUp" || event.key === "PageDown") {
-    const direction = event.key === "PageUp" ? -1 : 1;
-    scroller.scrollBy(0, direction * 0.8 * scroller.clientHeight);
   }
-});
+}
+
+function scrollLog(event) {
+  const direction = event.key === "PageUp" ? -1 : 1;
+  scroller.scrollBy(0, direction * 0.8 * scroller.clientHeight);
+}
 
 // ArrowUp in an empty field brings back the last message, and then those before it.
 function recall(event) {
@@ -1407,7 +1446,8 @@ function bindingItem(binding, index) {
 // What the panel changes
 
 function withoutTier(binding) {
-  const { tier, ...fields } = binding;
+  const fields = { ...binding };
+  delete fields.tier;
   return fields;
 }
 

@@ -80,7 +80,7 @@ def test_s05_star(script: Section, fake_model: FakeModel, workspace: Path):
     shown = type_in(script, fake_model.env(), *[line for line, *_ in cases])
     for (line, agent_id, tier, about), answer in zip(cases, shown, strict=False):
         problem = f"{line}, {about}: expected {agent_id} by its {tier}; got {answer!r}"
-        is_right = f"agent:{agent_id}:" in answer and answer.endswith(tier)
+        is_right = f"agent:{agent_id}:" in answer and answer.endswith(f"(tier: {tier})")
         assert is_right, problem
 
 
