@@ -419,7 +419,9 @@ def test_no_command_begins_while_the_program_ends(
     """A turn with two commands goes on to the second one when the first is killed."""
     calls = []
     for number in (1, 2):
-        command = f"echo {number} >> {tmp_path}/begun; sleep 600; : {tmp_path}"
+        # The program has long taken note of the process when it writes its line.
+        line = f"echo {number} >> {tmp_path}/begun"
+        command = f"sleep 0.3; {line}; sleep 600; : {tmp_path}"
         calls.append(("bash", {"command": command}))
     screen = desk.telegram_alone(APPROVAL="always")
     if is_sending:  # then the end takes a while

@@ -2610,10 +2610,12 @@ class WebhookServer:
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
         if not re.match(r"POST /feishu/events[ ?]", request_line):
+            self.channel.log_once("path", f"this is not for Feishu: {request_line}")
             return 404, {}
         headers = message_from_string(lines)
         length = headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,6}", length):  # no event has a million bytes
+            self.channel.log_once("length", f"a request was refused, length {length}")
             return 413, {}
         body = await reader.readexactly(int(length))
         return await asyncio.to_thread(self.channel.handle_event, headers, body)
