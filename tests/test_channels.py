@@ -33,6 +33,7 @@ from fake_model import FakeModel
 from fake_telegram import FakeTelegram
 from harness import since
 from hypothesis import HealthCheck
+from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -257,6 +258,10 @@ class Whole:
     expects_more: float
     answer: str | None = None
 
+    def is_complete(self, now: float) -> bool:
+        """Whether no part can come any more; so it is if the clock was set back."""
+        return not self.received <= now < self.received + self.expects_more
+
 
 @dataclass
 class Row:
@@ -309,6 +314,20 @@ class ModelInbox:
         )
         self.waiting.append(whole)
 
+    def next_is_complete(self, now: float) -> float:
+        """When some message is complete, at the latest."""
+        if any(whole.is_complete(now) for whole in self.waiting):
+            return now
+        return min(whole.received + whole.expects_more for whole in self.waiting)
+
+    def take(self, now: float) -> Whole:
+        """The first one that is complete."""
+        for whole in self.waiting:
+            if whole.is_complete(now):
+                self.waiting.remove(whole)
+                return whole
+        raise AssertionError("none is complete")
+
     def restart(self) -> None:
         self.waiting = []
         for row in self.rows:
@@ -329,6 +348,11 @@ PUT = st.tuples(
     st.sampled_from([0, 0.5, 1.5]),  # seconds in which more is expected
 )
 OTHER = st.tuples(st.sampled_from(["take", "answer", "done", "restart"]))
+PART = ("put", 0, "chat 1", "ann", 1.5)
+LAST_PART = ("put", 1, "chat 1", "ann", 0)
+ALL_PARTS_ARE_DONE = [PART, LAST_PART, ("take",), ("done",), ("restart",)]
+AN_ANSWER_STAYS = [PART, LAST_PART, ("take",), ("answer",), ("restart",), ("take",)]
+AN_ID_IS_KNOWN = [LAST_PART, ("take",), ("done",), LAST_PART, ("restart",), LAST_PART]
 ACTIONS = st.lists(
     st.tuples(STEPS, st.one_of(PUT, PUT, OTHER)), min_size=10, max_size=40
 )
@@ -341,6 +365,10 @@ ACTIONS = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(actions=ACTIONS)
+@example([(0.2, action) for action in ALL_PARTS_ARE_DONE])
+@example([(0.2, action) for action in AN_ANSWER_STAYS])
+@example([(0.2, action) for action in AN_ID_IS_KNOWN])
+@example([(5e4, action) for action in AN_ID_IS_KNOWN])
 def test_the_inbox_does_as_a_simple_model_does(
     section: harness.Section, tmp_path: Path, actions: list
 ):
@@ -370,8 +398,8 @@ def test_the_inbox_does_as_a_simple_model_does(
                 )
                 model.put(Row(message_id, chat, sender, more, clock.now))
             elif verb == "take" and model.waiting:
-                whole = model.waiting.pop(0)
-                clock.now = max(clock.now, whole.received + whole.expects_more)
+                clock.now = max(clock.now, model.next_is_complete(clock.now))
+                whole = model.take(clock.now)
                 message = inbox.take()
                 assert shown(message) == (
                     whole.ids,
@@ -438,6 +466,25 @@ def test_the_last_part_is_waited_for(section: harness.Section, tmp_path: Path):
         inbox.put(message)
     thread.join(10)
     assert shown(taken[0]) == (["id 0", "id 1", "id 2"], "part 0\npart 1\npart 2", None)
+
+
+@since("s04")
+def test_parts_of_one_message_keep_nobody_waiting(
+    section: harness.Section, tmp_path: Path
+):
+    """Others are not behind it, and it does not grow without end."""
+    module = section.module
+    inbox = module.Inbox(module.Database(tmp_path / ".state" / "gateway.db"))
+    limit = module.MAX_PARTS
+    for number in range(limit + 3):
+        part = module.InboundMessage(
+            "telegram", "default", "42", "part", f"id {number}"
+        )
+        part.expects_more = 60
+        inbox.put(part)
+    inbox.put(module.InboundMessage("telegram", "default", "43", "hello", "another"))
+    assert inbox.take().text == "hello"
+    assert [len(whole.other_ids) for whole in inbox.waiting] == [limit - 1, 2]
 
 
 @since("s04")
@@ -758,9 +805,14 @@ def test_no_part_of_a_key_is_shown(desk: Desk):
     """Not in what a platform answers, nor its first half where a line is cut."""
     token = "777:" + "very-secret" * 20
     with FakeTelegram(token) as bot:
-        bot.fail("getMe", 400, f"{'x' * 200} no such bot: {token}", times=99)
+        long = f"{'x' * 200} no such bot: {token}"
+        bot.fail("getMe", 502, {"ok": False, "error_code": 502, "description": long})
+        refusal = {"ok": False, "error_code": 400, "description": long}
+        bot.fail("sendMessage", 400, refusal)
+        bot.say("hello")
         screen = desk.start(**desk.bot(bot, "_WORK"))
-        wait_until(lambda: lines_with(screen, "[telegram work]", "x" * 60))
+        wait_until(lambda: lines_with(screen, "[telegram work] x"))
+        wait_until(lambda: lines_with(screen, "[telegram work] never", "x" * 60))
         wait_for_paper(screen, PROMPT)
         assert "very-secret" not in screen.raw
         assert "777:" not in screen.raw

@@ -438,3 +438,27 @@ def test_no_command_begins_while_the_program_ends(
     finally:
         for pid in processes(str(tmp_path)):
             os.kill(pid, signal.SIGKILL)
+
+
+@since("s04")
+@needs_proc
+def test_a_second_signal_changes_nothing(desk: Desk, tmp_path: Path):
+    """A closed window often sends two: the shell passes on what it has got itself."""
+    mark = str(tmp_path)
+    screen = desk.telegram_alone(APPROVAL="always")
+    desk.telegram.hang("sendMessage", 25)
+    desk.telegram.say("hello", 43)
+    screen.wait_for("to User 43: heard hello")
+    desk.telegram.say(f"bash sleep 600; : {mark}")
+    wait_until(lambda: processes(mark))
+    os.kill(screen.pid, signal.SIGHUP)
+    try:
+        while screen.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(screen.pid, signal.SIGHUP)
+            time.sleep(0.05)
+        assert screen.wait_exit() == 128 + signal.SIGHUP
+        wait_until(lambda: not processes(mark), 3)
+    finally:
+        for pid in processes(mark):
+            os.kill(pid, signal.SIGKILL)
