@@ -1671,8 +1671,9 @@ class TerminalChannel(Channel):
             if not self.is_at_prompt:
                 self.held_back.append(text)
             elif sys.stdin.isatty():
-                # Over the prompt, which comes again below it.
-                print(f"\r\x1b[J{text}\n\nyou> {typed_text()}", end="", flush=True)
+                # Go to the blank line above the prompt, clear what is below, and write.
+                prompt = f"\n\nyou> {typed_text()}"
+                print(f"\x1b[A\r\x1b[J{text}{prompt}", end="", flush=True)
             else:
                 print(text, flush=True)
 
