@@ -2276,8 +2276,8 @@ class PollingBot:
                 {"offset": offset or 0, "timeout": timeout, **request},
                 read_timeout=timeout + 10,
             )
-        except errors.InvalidToken as error:  # would end the Updater
-            raise errors.NetworkError(str(error)) from None
+        except errors.EndPointNotFound:  # as the library takes a refused token here
+            raise errors.NetworkError("the token is refused: see .env") from None
         self.channel.report(f"on, as @{self.channel.bot.username}")
         return [
             SimpleNamespace(update_id=data["update_id"], data=data) for data in found
