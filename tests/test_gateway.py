@@ -298,6 +298,7 @@ def test_only_those_with_the_token_get_in(gateway: Gateway):
 
 
 @since("s05")
+@pytest.mark.costly
 def test_other_pages_and_other_hosts_are_refused(gateway: Gateway):
     gateway.start()
     own = f"http://127.0.0.1:{gateway.port}"
@@ -375,6 +376,7 @@ OUTSIDE = [  # paths that lead to no file of the page
 
 
 @since("s05")
+@pytest.mark.costly
 def test_the_pages(gateway: Gateway):
     gateway.start()
     files = {"/": WEBCHAT / "index.html"}
@@ -1051,6 +1053,7 @@ def test_a_big_frame_is_refused_and_a_huge_one_ends_its_sender_alone(gateway: Ga
 
 
 @since("s05")
+@pytest.mark.costly
 def test_a_long_message_is_taken_and_answered(gateway: Gateway):
     gateway.start(CONTEXT_TOKENS="10000000")
     client = gateway.client()
@@ -1089,6 +1092,7 @@ def test_two_hundred_idle_clients_and_a_thousand_that_never_come_in(gateway: Gat
 
 
 @since("s05")
+@pytest.mark.costly
 def test_nothing_is_left_behind_by_who_is_gone(gateway: Gateway):
     screen = gateway.start()
     client = gateway.client()
@@ -1137,6 +1141,7 @@ def test_no_list_of_the_gateway_grows_with_those_who_are_gone(
 
 
 @since("s05")
+@pytest.mark.costly
 def test_frames_that_break_the_protocol_end_their_sender_alone(gateway: Gateway):
     gateway.start()
     client = gateway.client()

@@ -257,6 +257,7 @@ def test_what_two_threads_change_at_once_is_what_the_file_says(
 
 @since("s05")
 @pytest.mark.usefixtures("frequent_switches")
+@pytest.mark.costly
 def test_a_look_up_during_a_change_finds_what_is_not_changed(
     section: Section, tmp_path: Path
 ):
@@ -281,6 +282,7 @@ def test_a_look_up_during_a_change_finds_what_is_not_changed(
 
 
 @since("s05")
+@pytest.mark.costly
 def test_the_file_is_replaced_as_a_whole(
     section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -335,6 +337,7 @@ GOOD_POSITIONS = {1, len(ENTRIES)}
 
 
 @since("s05")
+@pytest.mark.costly
 def test_a_bad_entry_is_told_by_its_position_and_is_kept(gateway: Gateway):
     file = gateway.workspace / "bindings.json"
     entries = [entry for entry, _ in ENTRIES]
@@ -431,6 +434,7 @@ BAD_AGENTS = [
 
 
 @since("s05")
+@pytest.mark.costly
 def test_a_bad_agents_json_is_told_in_a_line(
     section: Section, fake_model: FakeModel, workspace: Path
 ):

@@ -419,12 +419,13 @@ def test_a_signal_kills_the_commands_that_run(desk: Desk, tmp_path: Path, name: 
             screen = desk.telegram_alone(APPROVAL="always")
         mark = f"{tmp_path}-{is_typed}"
         sleep = f"sleep 600; : {mark}"
-        text = f"bash ({sleep}) & setsid bash -c '{sleep}'"
+        # The program has long taken note of the command when it starts others.
+        text = f"bash sleep 0.3; ({sleep}) & setsid bash -c '{sleep}'"
         if is_typed:
             screen.type(f"{text}\n")
         else:
             desk.telegram.say(text)
-        wait_until(lambda mark=mark: len(processes(mark)) >= 2)
+        wait_until(lambda mark=mark: len(processes(mark)) >= 3)
         os.kill(screen.pid, number)
         assert screen.wait_exit() == 128 + number
         wait_until(lambda mark=mark: not processes(mark))

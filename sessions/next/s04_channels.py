@@ -1654,8 +1654,9 @@ class TerminalChannel(Channel):
             if not self.is_at_prompt:
                 self.held_back.append(text)
             elif sys.stdin.isatty():
-                # Over the prompt, which comes again below it.
-                print(f"\r\x1b[J{text}\n\nyou> {typed_text()}", end="", flush=True)
+                # Go to the blank line above the prompt, clear what is below, and write.
+                prompt = f"\n\nyou> {typed_text()}"
+                print(f"\x1b[A\r\x1b[J{text}{prompt}", end="", flush=True)
             else:
                 print(text, flush=True)
 
@@ -2258,8 +2259,8 @@ class PollingBot:
                 {"offset": offset or 0, "timeout": timeout, **request},
                 read_timeout=timeout + 10,
             )
-        except errors.InvalidToken as error:  # would end the Updater
-            raise errors.NetworkError(str(error)) from None
+        except errors.EndPointNotFound:  # as the library takes a refused token here
+            raise errors.NetworkError("the token is refused: see .env") from None
         self.channel.report(f"on, as @{self.channel.bot.username}")
         return [
             SimpleNamespace(update_id=data["update_id"], data=data) for data in found
@@ -2593,10 +2594,12 @@ class WebhookServer:
         head = await reader.readuntil(b"\r\n\r\n")
         request_line, _, lines = head.decode("latin-1").partition("\r\n")
         if not re.match(r"POST /feishu/events[ ?]", request_line):
+            self.channel.log_once("path", f"this is not for Feishu: {request_line}")
             return 404, {}
         headers = message_from_string(lines)
         length = headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,6}", length):  # no event has a million bytes
+            self.channel.log_once("length", f"a request was refused, length {length}")
             return 413, {}
         body = await reader.readexactly(int(length))
         return await asyncio.to_thread(self.channel.handle_event, headers, body)
