@@ -1234,7 +1234,7 @@ def test_a_quit_waits_for_no_thread(bot: Bot):
 @since("s04")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_does_not_outlive_the_program(bot: Bot, number: signal.Signals):
-    call = ToolCalls([("bash", {"command": "echo $$ > pid; exec sleep 300"})])
+    call = ToolCalls([("bash", {"command": waiting_command("")})])
     bot.model.script("brain", [call, Stall(0, 5)])
     file = bot.workspace / "pid"
     with harness.Screen(bot.section, bot.env(APPROVAL="always")) as screen:
@@ -1251,8 +1251,7 @@ def test_a_command_does_not_outlive_the_program(bot: Bot, number: signal.Signals
 def test_no_command_is_started_while_the_program_ends(bot: Bot):
     """An answer to somebody else has a second to arrive: nothing is begun in it."""
     calls = [
-        ToolCalls([("bash", {"command": f"echo $$ > pid{number}; exec sleep 300"})])
-        for number in (1, 2)
+        ToolCalls([("bash", {"command": waiting_command(number)})]) for number in (1, 2)
     ]
     bot.model.script("brain", [brain, *calls, brain])
     first, second = bot.workspace / "pid1", bot.workspace / "pid2"
@@ -1270,6 +1269,14 @@ def test_no_command_is_started_while_the_program_ends(bot: Bot):
             running.append(file.name)
             os.kill(int(file.read_text()), signal.SIGKILL)
     assert not running
+
+
+def waiting_command(number: object) -> str:
+    """A command that writes its process number, and then runs for minutes.
+
+    When the number is there, the program has long taken note of the process.
+    """
+    return f"sleep 0.3; echo $$ > pid{number}; exec sleep 300"
 
 
 def is_running(pid: int) -> bool:
