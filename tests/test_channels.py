@@ -870,7 +870,7 @@ def test_when_no_other_try_is_made(
         raise module.ChannelError("no", is_permanent)
 
     with pytest.raises(module.ChannelError):
-        module.call_with_retries(lambda: fail(True), told.append)
+        module.call_with_retries(lambda: fail(True), told.append, max_tries=9)
     assert (tries, waits, told) == ([True], [], [])
     with pytest.raises(module.ChannelError):
         module.call_with_retries(lambda: fail(False), told.append, max_tries=3)

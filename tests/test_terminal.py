@@ -152,7 +152,7 @@ def test_others_do_not_break_into_an_answer(desk: Desk):
     say(screen, "bye", "agent> heard bye")
     assert f"\nagent> {words}\n" in screen.paper
     assert lines_with(screen, "[telegram] 666", "is not in ALLOWED_CHATS")
-    assert lines_with(screen, "[telegram] User 42: hello")
+    assert len(lines_with(screen, "[telegram] User 42: hello")) == 1
     assert not lines_with(screen, PROMPT, "[telegram")
     assert not lines_with(screen, "agent>", "[telegram")
 
@@ -202,6 +202,26 @@ def test_the_terminal_is_next(desk: Desk):
     desk.wait_telegram(20)
     answers = [sent.text for sent in desk.telegram.sent_to(42)]
     assert answers == [f"heard message {number}" for number in range(20)]
+
+
+@since("s04", until="s09")
+def test_the_turn_goes_to_who_waits_for_it(section: harness.Section):
+    """A thread that has just had its turn cannot get the next one before."""
+    app = object.__new__(section.module.App)
+    app.turn, app.next_turn = threading.Lock(), threading.Lock()
+    turns, seen = 0, []
+
+    def wait_for_a_turn() -> None:
+        with app.exclusive(None):
+            seen.append(turns)
+
+    with app.exclusive(None):
+        threading.Thread(target=wait_for_a_turn, daemon=True).start()
+        wait_until(app.next_turn.locked)
+    while not seen:
+        with app.exclusive(None):
+            turns += 1
+    assert seen == [0]
 
 
 @since("s04")
@@ -399,41 +419,46 @@ def test_a_signal_kills_the_commands_that_run(desk: Desk, tmp_path: Path, name: 
             screen = desk.telegram_alone(APPROVAL="always")
         mark = f"{tmp_path}-{is_typed}"
         sleep = f"sleep 600; : {mark}"
-        text = f"bash ({sleep}) & setsid bash -c '{sleep}'"
+        # The program has long taken note of the command when it starts others.
+        text = f"bash sleep 0.3; ({sleep}) & setsid bash -c '{sleep}'"
         if is_typed:
             screen.type(f"{text}\n")
         else:
             desk.telegram.say(text)
-        wait_until(lambda mark=mark: len(processes(mark)) >= 2)
+        wait_until(lambda mark=mark: len(processes(mark)) >= 3)
         os.kill(screen.pid, number)
         assert screen.wait_exit() == 128 + number
         wait_until(lambda mark=mark: not processes(mark))
 
 
+def is_ignored(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)
+    return bool(mask & 1 << (number - 1))
+
+
 @since("s04")
 @needs_proc
-@pytest.mark.parametrize("is_sending", [False, True])
-def test_no_command_begins_while_the_program_ends(
-    desk: Desk, tmp_path: Path, is_sending: bool
-):
-    """A turn with two commands goes on to the second one when the first is killed."""
-    calls = []
-    for number in (1, 2):
-        # The program has long taken note of the process when it writes its line.
-        line = f"echo {number} >> {tmp_path}/begun"
-        command = f"sleep 0.3; {line}; sleep 600; : {tmp_path}"
-        calls.append(("bash", {"command": command}))
+def test_no_command_begins_while_the_program_ends(desk: Desk, tmp_path: Path):
+    """A turn with two commands does not go on to the second one."""
+    begun, go_on = tmp_path / "begun", tmp_path / "go-on"
+    first = f"echo 1 >> {begun}; until [ -e {go_on} ]; do sleep 0.02; done"
+    second = f"echo 2 >> {begun}; sleep 600; : {tmp_path}"
+    calls = [("bash", {"command": command}) for command in (first, second)]
     screen = desk.telegram_alone(APPROVAL="always")
-    if is_sending:  # then the end takes a while
-        desk.telegram.hang("sendMessage", 25)
-        desk.telegram.say("hello", 43)
-        screen.wait_for("heard hello")
+    desk.telegram.hang("sendMessage", 25)  # so the end takes a while
+    desk.telegram.say("hello", 43)
+    screen.wait_for("heard hello")
     desk.model.script("brain", [ToolCalls(calls)], repeat=True)
     desk.telegram.say("two commands", 42)
-    wait_until(lambda: (tmp_path / "begun").exists())
+    wait_until(begun.exists)
     os.kill(screen.pid, signal.SIGTERM)
+    wait_until(lambda: is_ignored(screen.pid, signal.SIGTERM))
+    go_on.touch()
     assert screen.wait_exit() == 128 + signal.SIGTERM
     try:
+        assert begun.read_text() == "1\n"
         wait_until(lambda: not processes(str(tmp_path)), 3)
     finally:
         for pid in processes(str(tmp_path)):

@@ -2981,7 +2981,7 @@ class GatewayServer(Channel):
         file = self.app.agent.workspace / ".state" / "gateway-token"
         file.touch(0o600)
         if not file.read_text("utf-8").strip():
-            file.write_text(secrets.token_urlsafe(16), "utf-8")
+            file.write_text(secrets.token_hex(16), "utf-8")
         return file.read_text("utf-8").strip()
 
     async def listen(self, port: int) -> str:

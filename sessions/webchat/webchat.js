@@ -467,11 +467,16 @@ function speakerOf(turn) {
 }
 
 function workingText(turn) {
+  if (!isConnected()) {
+    return "Waiting for the gateway";
+  }
   const call = turn.openCalls[0];
   if (call) {
     return `${state.agent} uses ${call.querySelector(".tool-name").textContent}`;
   }
-  return `${speakerOf(turn)} is working`;
+  const isPartial = !turn.isLive && turn.answers.length > 0;
+  const addition = isPartial ? "; this answer will be whole when it ends" : "";
+  return `${speakerOf(turn)} is working${addition}`;
 }
 
 function sendAgainButton() {
@@ -556,8 +561,9 @@ function addToolResult(turn, text) {
   const element = turn.openCalls.shift(); // results come in the order of the calls
   if (element) {
     element.querySelector(".tool-result").textContent = text;
-    element.querySelector(".tool-state").textContent = "done";
-    element.classList.add("is-done");
+    const hasFailed = text.startsWith("error: ");
+    element.querySelector(".tool-state").textContent = hasFailed ? "failed" : "done";
+    element.classList.add(hasFailed ? "is-failed" : "is-done");
   }
 }
 
@@ -834,7 +840,7 @@ function endTurn(event) {
   turn.isStale ||= turn.hasTools || !turn.isLive;
   completeAnswer(turn, event.text);
   finishTurn(turn, Date.now() / 1000);
-  announce(`${speakerOf(turn)}: ${turn.part("parts").innerText}`);
+  announceAnswer(turn);
   countUnread();
   if (turn.isStale || event.session_id !== state.sessionId) {
     loadHistory();
@@ -865,6 +871,7 @@ function showView() {
   byId("title").textContent = state.reading ? where.name : state.agent;
   byId("subtitle").textContent = about.filter(Boolean).join(", ");
   byId("empty-agent").textContent = state.agent;
+  textField.placeholder = `Message ${state.agent}`;
   byId("empty").hidden = turns.size > 0 || state.reading !== "";
   byId("nothing").hidden = turns.size > 0 || state.reading === "";
   byId("reading").hidden = !state.reading;
@@ -956,27 +963,47 @@ function announce(text) {
   byId("announcer").textContent = text;
 }
 
+// The words of it: no buttons, and no arguments and results of tools.
+function announceAnswer(turn) {
+  const parts = turn.part("parts").querySelectorAll(
+    ".text > :not(.code-frame), .code-frame pre, .note > :not(button), .command-result",
+  );
+  const texts = Array.from(parts, (part) => part.innerText);
+  announce(`${speakerOf(turn)}: ${texts.join("\n")}`);
+}
+
+// A notice may offer an action, such as Undo, which then has the focus.
+
+const notice = byId("notice");
 let noticeTimer = 0;
+let focusedBefore = null;
 
 function showNotice(text, actionName, action) {
-  const notice = byId("notice");
+  hideNotice();
   notice.replaceChildren(text);
+  notice.hidden = false;
   announce(text);
   if (action) {
     const button = make("button", "text-button", actionName);
     button.type = "button";
     button.addEventListener("click", () => {
-      notice.hidden = true;
+      hideNotice();
       action();
     });
     notice.append(button);
+    focusedBefore = document.activeElement;
+    button.focus();
   }
-  notice.hidden = false;
+  noticeTimer = setTimeout(hideNotice, action ? 12_000 : 5000);
+}
+
+function hideNotice() {
   clearTimeout(noticeTimer);
-  const seconds = action ? 12 : 5;
-  noticeTimer = setTimeout(() => {
-    notice.hidden = true;
-  }, 1000 * seconds);
+  const hadFocus = notice.contains(document.activeElement);
+  notice.hidden = true;
+  if (hadFocus) {
+    focusedBefore.focus();
+  }
 }
 
 onButton(log, (button) => {
@@ -1020,6 +1047,7 @@ function changeOutbox(change) {
 function say(text) {
   const entry = { id: randomText(12), text };
   changeOutbox((entries) => [...entries, entry]);
+  hideNotice();
   state.isAtEnd = true;
   showOutbox();
   deliver(entry);
@@ -1084,6 +1112,8 @@ function onRefused(entry, reason) {
 }
 
 function sendAgain(turn) {
+  focusText(); // the button goes
+  turn.part("send-again").remove();
   if (turn.state === "refused") {
     turn.element.remove();
     turns.delete(turn.key);
@@ -1408,8 +1438,8 @@ function tierItem(tier) {
 
 function sessionItem(entry) {
   const where = describeSession(entry.session);
-  const name = make("span", "name", where.name);
-  const about = [entry.agent, where.detail, entry.label].filter(Boolean).join(", ");
+  const name = make("span", "name", `${where.name}, ${entry.agent}`);
+  const about = [where.detail, entry.label].filter(Boolean).join(", ");
   const detail = make("span", "detail", about);
   const button = panelButton("row", entry.session, name, detail);
   button.setAttribute("aria-current", String(entry.session === state.session));
@@ -1421,7 +1451,7 @@ function describeSession(key) {
   const rest = key.split(":").slice(2).join(":");
   const match = /^(?:(.*):)?(direct|group):(.*)$/.exec(rest);
   if (!match) {
-    return { name: "Terminal", detail: "" };
+    return { name: "Terminal", detail: "where the gateway runs" };
   }
   const [, where, kind, peer] = match;
   const place = (where ?? "all channels").replace(":default", "").replace(":", " ");
@@ -1465,6 +1495,9 @@ async function changeBindings(method, binding) {
 async function chooseAgent(agent) {
   const own = bindingOf(TIERS[0]) ?? { channel: "web", peer: state.peer };
   showChat();
+  if (!isWide()) {
+    togglePanel(false);
+  }
   if (await changeBindings("bindings.set", { ...withoutTier(own), agent })) {
     showNotice(`${agent} answers this chat now`);
   }
@@ -1484,9 +1517,18 @@ onButton(byId("bindings"), (button) => {
   removeBinding(state.bindings[button.dataset.index]);
 });
 
-byId("unbind").addEventListener("click", async () => {
-  await removeBinding(bindingOf(TIERS[0]));
-  byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button is gone
+byId("unbind").addEventListener("click", () => {
+  byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button goes
+  removeBinding(bindingOf(TIERS[0]));
+});
+
+const bindingEditor = byId("binding-editor");
+
+bindingEditor.addEventListener("toggle", () => {
+  if (bindingEditor.open) {
+    bindingEditor.scrollIntoView({ block: "nearest" });
+    byId("binding-form").elements.agent.focus({ preventScroll: true });
+  }
 });
 
 byId("binding-form").addEventListener("submit", async (event) => {
@@ -1496,7 +1538,8 @@ byId("binding-form").addEventListener("submit", async (event) => {
   binding.priority = Number(binding.priority);
   if (await changeBindings("bindings.set", binding)) {
     form.reset();
-    byId("binding-editor").open = false;
+    bindingEditor.open = false;
+    bindingEditor.querySelector("summary").focus();
     showNotice(`The binding to ${binding.agent} is set`);
   }
 });
@@ -1567,9 +1610,13 @@ document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented) {
     return;
   }
-  if (!panel.hidden && !isWide()) {
+  if (notice.contains(document.activeElement)) {
+    hideNotice();
+  } else if (!panel.hidden && !isWide()) {
     togglePanel(false);
-  } else if (!page.hidden && !state.reading) {
+  } else if (state.reading) {
+    showChat();
+  } else if (!page.hidden) {
     textField.focus();
   }
 });
@@ -1593,7 +1640,7 @@ byId("theme").addEventListener("click", () => {
 
 const SUGGESTIONS = [
   "What can you do?",
-  "List the files",
+  "Write buy milk into notes.txt",
   "What is in SOUL.md?",
   "/agents",
 ];
