@@ -1231,10 +1231,19 @@ def test_a_quit_waits_for_no_thread(bot: Bot):
     gate.set()
 
 
+def sleep_command(file: str) -> str:
+    """A command that writes its process id into a file, and then sleeps.
+
+    It first prints more than a pipe holds: when the file is there, the program reads
+    from the command, and so knows of it.
+    """
+    return f"printf %0100000d 0; echo $$ > {file}; exec sleep 300"
+
+
 @since("s04")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_does_not_outlive_the_program(bot: Bot, number: signal.Signals):
-    call = ToolCalls([("bash", {"command": waiting_command("")})])
+    call = ToolCalls([("bash", {"command": sleep_command("pid")})])
     bot.model.script("brain", [call, Stall(0, 5)])
     file = bot.workspace / "pid"
     with harness.Screen(bot.section, bot.env(APPROVAL="always")) as screen:
@@ -1251,7 +1260,8 @@ def test_a_command_does_not_outlive_the_program(bot: Bot, number: signal.Signals
 def test_no_command_is_started_while_the_program_ends(bot: Bot):
     """An answer to somebody else has a second to arrive: nothing is begun in it."""
     calls = [
-        ToolCalls([("bash", {"command": waiting_command(number)})]) for number in (1, 2)
+        ToolCalls([("bash", {"command": sleep_command(name)})])
+        for name in ("pid1", "pid2")
     ]
     bot.model.script("brain", [brain, *calls, brain])
     first, second = bot.workspace / "pid1", bot.workspace / "pid2"
@@ -1269,14 +1279,6 @@ def test_no_command_is_started_while_the_program_ends(bot: Bot):
             running.append(file.name)
             os.kill(int(file.read_text()), signal.SIGKILL)
     assert not running
-
-
-def waiting_command(number: object) -> str:
-    """A command that writes its process number, and then runs for minutes.
-
-    When the number is there, the program has long taken note of the process.
-    """
-    return f"sleep 0.3; echo $$ > pid{number}; exec sleep 300"
 
 
 def is_running(pid: int) -> bool:
