@@ -142,7 +142,7 @@ def tool_results(desk: Desk) -> list[str]:
 def test_settings_that_cannot_work(desk: Desk):
     """Each account says in a line what is wrong; the others, the good ones, work."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        nowhere = "http://nowhere.invalid"
+        nowhere = "http://127.0.0.1:9"  # nobody listens there
         apps = {
             "taken": {"PORT": str(taken.getsockname()[1])},
             "word": {"PORT": "abc"},
