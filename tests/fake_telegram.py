@@ -155,6 +155,7 @@ class FakeTelegram:
         self._floods: list[Fault] = []
         self._quiet_until: dict[int, float] = {}
         self._serving = self._down = self._closed = False
+        self.outages = 0
         self._server = self._bind(port)
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -189,6 +190,7 @@ class FakeTelegram:
         """
         with self._changed:
             self._down = True
+            self.outages += 1
             self._changed.notify_all()
             if port and self._serving:
                 self._stop()
@@ -580,16 +582,18 @@ class FakeTelegram:
 
     # --- what the bot calls ---
 
-    def answer(self, path: str, params: dict, gone: Callable[[], bool]) -> Reply | None:
+    def answer(
+        self, path: str, params: dict, gone: Callable[[], bool], outages: int
+    ) -> Reply | None:
         """What to send back, None for nothing; `gone` tells whether the bot has hung
-        up.
+        up, `outages` how many had been when the request came.
         """
         method = path.rpartition("/")[2]
         method = NAMES.get(method.lower(), method)
         with self._changed:
             self.calls.append((method, params))
             self._changed.notify_all()
-            if self._down:
+            if self._down or outages != self.outages:
                 return None
             if not (match := re.fullmatch(r"/bot(\d+:[\w-]+)/\w+", path)):
                 return Refusal(404, "Not Found").reply
@@ -863,6 +867,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
+        outages = self.server.fake.outages
         url = urllib.parse.urlsplit(self.path)
         length = int(self.headers.get("Content-Length") or 0)
         raw = self.rfile.read(length)
@@ -873,7 +878,7 @@ class Handler(BaseHTTPRequestHandler):
         params = parse(f"{url.query}&".encode() + (b"" if "json" in kind else raw))
         params |= json.loads(raw) if raw and "json" in kind else {}
         reply = self.server.fake.answer(
-            urllib.parse.unquote(url.path), params, self.gone
+            urllib.parse.unquote(url.path), params, self.gone, outages
         )
         if reply is None:
             self.close_connection = True

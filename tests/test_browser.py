@@ -310,6 +310,8 @@ def test_tool_calls_are_folded_and_stay(page: Page):
         assert not page.get("document.querySelector('.tool').open")
         page.browser.reload()
         page.wait(f"{CONNECTED} && document.querySelector('.answer-foot')")
+    page.ask("read missing.txt")
+    assert page.text_of(".turn:last-child .tool-state") == "failed"
 
 
 @needs_chromium
@@ -408,13 +410,15 @@ def test_a_binding_leads_this_chat_to_another_agent(page: Page):
     assert [each["agent"] for each in bindings] == ["luna"]
     page.click("#unbind")
     page.shows("to main", "heard to main")
-    page.get("document.querySelector('#notice button').click()")  # undo
+    page.wait("document.activeElement.textContent === 'Undo'")
+    page.browser.press("Enter")
     page.shows("to luna", "heard to luna")
     form = "document.querySelector('#binding-form')"
     page.get(f"{form}.elements.channel.value = 'web'")
     page.get(f"{form}.elements.agent.value = 'sage'")
     page.get(f"{form}.requestSubmit()")
     page.wait("document.querySelectorAll('.binding').length === 2")
+    page.wait("document.activeElement.textContent === 'Add a binding'")
     page.click("#bindings li:first-child button")  # the narrower one
     page.wait("title.textContent === 'sage'")
     assert page.get(deciding) == "channelsagedecides"
@@ -430,6 +434,10 @@ def test_another_session_is_read_live(page: Page):
     page.desk.screens[-1].type("at the terminal\n")
     page.shows("at the terminal", "heard at the terminal")
     assert not page.get("composer.checkVisibility()")
+    page.browser.press("Escape")
+    page.shows("mine", "heard mine")
+    page.click("#sessions [data-key='agent:main:main']")
+    page.shows("at the terminal", "heard at the terminal")
     page.click("#back")
     page.shows("mine", "heard mine")
     page.wait("document.activeElement.id === 'text'")
@@ -578,6 +586,8 @@ def test_hostile_texts_are_harmless(page: Page):
 def test_the_accessibility_tree(page: Page):
     page.ask("markdown")
     page.ask("read SOUL.md")
+    heard = "main: Let me look.\\nheard read SOUL.md"  # and nothing of the tool
+    page.wait(f"announcer.textContent === '{heard}'")
     page.browser.type("/")
     page.wait("!completions.hidden")
     nodes = page.browser.call("Accessibility.getFullAXTree")["nodes"]

@@ -347,7 +347,7 @@ def test_a_page_that_comes_through_a_tunnel_gets_in(gateway: Gateway, scheme: st
 
 
 WEBCHAT = REPO / "sessions" / "webchat"
-PAGE_FILES = ["index.html", "webchat.js", "webchat.css"]
+PAGE_FILES = ["index.html", "webchat.js", "panel.js", "webchat.css"]
 CONTENT_TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",

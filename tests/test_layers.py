@@ -57,14 +57,14 @@ class ProactiveApp(IntelligentApp):
         return super().session_key(message)
 
     def run_background_turn(self, name, prompt):
-        if not self.turn.acquire(blocking=False):
+        if not self.turn_lock.acquire(blocking=False):
             return "people come first"
         try:
             message = section.InboundMessage("cron", "default", name, prompt)
             message.id = uuid4().hex
             answer = self.run_turn(message)
         finally:
-            self.turn.release()
+            self.turn_lock.release()
         owner = section.InboundMessage("telegram", "default", "42", "", uuid4().hex)
         self.outbox.put(owner, f"{{name}}: {{answer}}")
         return "done"

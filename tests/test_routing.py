@@ -251,8 +251,8 @@ def test_what_two_threads_change_at_once_is_what_the_file_says(
     for thread in threads:
         thread.join(60)
     again = module.BindingTable(file, AGENTS)
-    assert len(table.bindings) == 60
-    assert sorted(table.bindings, key=repr) == sorted(again.bindings, key=repr)
+    assert len(table.entries) == 60
+    assert sorted(table.entries, key=repr) == sorted(again.entries, key=repr)
 
 
 @since("s05")
@@ -301,7 +301,7 @@ def test_the_file_is_replaced_as_a_whole(
     threading.Thread(target=change).start()
     while not is_over.is_set():
         assert len(json.loads(file.read_text())) >= 500, "whole at any moment"
-    before = file.read_bytes(), list(table.bindings)
+    before = file.read_bytes(), list(table.entries)
 
     def fail(*arguments: object) -> None:
         raise OSError("the disk is full")
@@ -312,7 +312,7 @@ def test_the_file_is_replaced_as_a_whole(
         table.set(binding)
     with pytest.raises(OSError):
         table.remove(binding)
-    assert (file.read_bytes(), table.bindings) == before
+    assert (file.read_bytes(), table.entries) == before
     message = make_message(section, channel="web", peer="p1")
     assert table.resolve(message).agent == "luna", "what is not on disk does not hold"
     assert list(tmp_path.iterdir()) == [file]
@@ -411,9 +411,9 @@ def test_how_an_editor_writes_the_file_does_not_matter(
     file = tmp_path / "bindings.json"
     file.write_text(f"{beginning}[{json.dumps(GOOD)}]{ending}", encoding="utf-8")
     table = section.module.BindingTable(file, AGENTS)
-    assert len(table.bindings) == 1
+    assert len(table.entries) == 1
     table.set(section.module.Binding(agent="sage", channel="web"))
-    assert len(section.module.BindingTable(file, AGENTS).bindings) == 2
+    assert len(section.module.BindingTable(file, AGENTS).entries) == 2
 
 
 BAD_AGENTS = [
@@ -477,9 +477,8 @@ def test_one_bad_agent_leaves_the_others(
     done = pipe(section, "/agents\nquit\n", fake_model.env("brain"))
     told = re.findall(r"^\[agents\.json, (\w+): ", done.stdout, re.M)
     assert told == ["typo", "诗人", "a" * 65], done.stdout
-    for line in ("* main", "  poet  You are Poe.", "  a_b-7", "  sage"):
+    for line in ("* main", "  poet", "  a_b-7", "  sage"):
         assert f"\n{line}" in done.stdout
-    assert "You are another Luna." in done.stdout
     assert "You are Luna" not in done.stdout
 
 

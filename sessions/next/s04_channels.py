@@ -1355,7 +1355,7 @@ class InboundMessage:
     account: str  # which bot of ours has received it
     peer: str  # the chat, where the answer goes
     text: str
-    # The platform's: a message that comes again has the same.
+    # The platform's: a message that comes again has the same. The terminal has none.
     id: str = field(default_factory=lambda: uuid4().hex)
     sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
@@ -1517,7 +1517,7 @@ def without_topic(peer: str) -> str:
 
 
 class ChannelError(Exception):
-    """A channel could not do something: never will, or may after some seconds."""
+    """A channel could not do something: for good, or until another try."""
 
     def __init__(
         self, reason: object, is_permanent: bool = False, retry_after: float = 0
@@ -1781,8 +1781,8 @@ class App:
         self.channels = create_channels(self)
         self.sessions = {agent.session_key: agent.messages}  # those in use
         self.session_lock = threading.Lock()
-        self.turn = threading.Lock()  # held by the turn that runs
-        self.next_turn = threading.Lock()  # held by the one that waits for it
+        self.turn_lock = threading.Lock()  # held by the turn that runs
+        self.next_turn_lock = threading.Lock()  # held by the one that waits for it
         self.waiting_for = {}  # what each session's turn waits for
         # There is nobody who could be asked.
         mode = "always" if agent.approval.mode == "always" else "never"
@@ -1836,7 +1836,7 @@ class App:
         self.process(message)
 
     def process(self, message: InboundMessage) -> None:
-        """Answer a message. If the disk does not allow it, it waits for a restart."""
+        """Answer a message. If the disk fails, the message waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
             return  # it waits on disk for a restart with the old settings
@@ -1861,15 +1861,15 @@ class App:
     def exclusive(self, message: InboundMessage) -> Iterator[None]:
         """Hold what a turn needs for itself: until s10, turns run one at a time.
 
-        The second lock makes it fair: a thread that has just had a turn cannot get the
-        next one before the thread that waits.
+        The second lock makes it fair. Whoever waits for a turn holds it, so a thread
+        that has just had a turn cannot get the next one before.
         """
-        with self.next_turn:
-            self.turn.acquire()
+        with self.next_turn_lock:
+            self.turn_lock.acquire()
         try:
             yield
         finally:
-            self.turn.release()
+            self.turn_lock.release()
 
     def reply(self, message: InboundMessage, answer: str) -> None:
         """Send an answer to where the message came from."""
@@ -1889,8 +1889,9 @@ class App:
                 notes.append(text)
             self.show_piece(agent, message, text, kind)
 
-        agent.show = show
+        agent.show = show  # self.agent, the original, still shows at the terminal
         self.begin_turn(agent, message)
+        # Without an answer, the notes say why.
         answer = self.respond(agent, message) or "\n".join(notes)
         self.sessions[agent.session_key] = agent.messages  # /new replaces it
         self.waiting_for.pop(agent.session_key, None)
@@ -1981,8 +1982,8 @@ class App:
     def run_command(self, message: InboundMessage) -> None:
         """Run a command of the person at the terminal, and print what comes of it."""
         is_about_session = message.text.split()[0] in SESSION_COMMANDS
-        turn = self.exclusive(message) if is_about_session else nullcontext()
-        with turn:
+        lock = self.exclusive(message) if is_about_session else nullcontext()
+        with lock:
             agent = self.agent_for(message)
             run_slash_command(agent, message.text)
             self.sessions[agent.session_key] = agent.messages
@@ -1991,10 +1992,10 @@ class App:
 def begun_turn(messages: Session, message_id: str) -> list[dict]:
     """The last turn of a conversation if it answers this message, else nothing."""
     turn = []
-    for message in reversed(list(messages)):
-        turn.insert(0, message)
-        if message["role"] == "user":
-            extras = message.get("extras", {})
+    for entry in reversed(list(messages)):
+        turn.insert(0, entry)
+        if entry["role"] == "user":
+            extras = entry.get("extras", {})
             return turn if extras.get("message_id") == message_id else []
     return []
 
@@ -2002,9 +2003,9 @@ def begun_turn(messages: Session, message_id: str) -> list[dict]:
 def resume_turn(agent: Agent, turn: list[dict]) -> str | None:
     """Go on with a turn that was cut off when the program ended."""
     texts = []
-    for message in turn:
-        if message["role"] == "assistant" and message["content"]:
-            texts.append(message["content"])
+    for entry in turn:
+        if entry["role"] == "assistant" and entry["content"]:
+            texts.append(entry["content"])
     try:
         if turn[-1]["role"] != "assistant":  # it has not come to its end
             texts.append(agent_turn(agent))
@@ -2348,8 +2349,8 @@ class FeishuChannel(Channel):
         server = FEISHU_SERVERS.get(domain, domain)
         self.http = httpx.Client(base_url=server, timeout=10)
         self.http_error = httpx.HTTPError
-        self.token = ""  # proves to the API who we are, for about two hours
-        self.token_end = 0.0  # when it has to be renewed, by time.monotonic()
+        self.api_token = ""  # proves to the API who we are, for about two hours
+        self.api_token_end = 0.0  # when it has to be renewed, by time.monotonic()
         self.bot_id = ""
 
     def start(self) -> None:
@@ -2371,7 +2372,7 @@ class FeishuChannel(Channel):
         """
         response, data = self.request(method, path, body)
         if data.get("code") in BAD_TOKEN_CODES:
-            self.token_end = 0
+            self.api_token_end = 0
             response, data = self.request(method, path, body)
         code = data.get("code")
         if code == 0:
@@ -2386,22 +2387,22 @@ class FeishuChannel(Channel):
         """One request to the API: its response, and the JSON object in that."""
         headers = {}
         if path != TOKEN_PATH:  # this request gets the token, and so it has none
-            headers["Authorization"] = f"Bearer {self.valid_token()}"
+            headers["Authorization"] = f"Bearer {self.valid_api_token()}"
         try:
             response = self.http.request(method, path, json=body, headers=headers)
             return response, RECORD.validate_json(response.content)
         except (self.http_error, ValueError) as error:
             raise ChannelError(f"{type(error).__name__}: {error}") from None
 
-    def valid_token(self) -> str:
+    def valid_api_token(self) -> str:
         """The token for the API, renewed ten minutes before its end."""
-        if time.monotonic() > self.token_end:
+        if time.monotonic() > self.api_token_end:
             secret = self.setting("APP_SECRET")
             app = {"app_id": self.setting("APP_ID"), "app_secret": secret}
             data = self.call("POST", TOKEN_PATH, app)
-            self.token = data["tenant_access_token"]
-            self.token_end = time.monotonic() + data["expire"] - 600
-        return self.token
+            self.api_token = data["tenant_access_token"]
+            self.api_token_end = time.monotonic() + data["expire"] - 600
+        return self.api_token
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Send a text. One with the same key within an hour is sent only once."""
@@ -2444,7 +2445,8 @@ class FeishuChannel(Channel):
             raise PermissionError("ENCRYPT_KEY must be as in the app: a key, or none")
         if secret:
             event = RECORD.validate_json(decrypt(secret, event["encrypt"]))
-        if event.get("type") == "url_verification":  # asks whether this is our server
+        # Feishu asks whether this is our server, and does not sign that.
+        if event.get("type") == "url_verification":
             token = event["token"]
         else:
             token = event["header"]["token"]

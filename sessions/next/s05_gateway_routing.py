@@ -73,6 +73,7 @@ from typing import NoReturn
 
 # isort: split
 import secrets
+from collections.abc import Container
 from typing import Literal
 from urllib.parse import parse_qs
 from urllib.parse import quote
@@ -1372,7 +1373,7 @@ class InboundMessage:
     account: str  # which bot of ours has received it
     peer: str  # the chat, where the answer goes
     text: str
-    # The platform's: a message that comes again has the same.
+    # The platform's: a message that comes again has the same. The terminal has none.
     id: str = field(default_factory=lambda: uuid4().hex)
     sender: str = ""  # who said it: a name, or an id
     is_group: bool = False
@@ -1534,7 +1535,7 @@ def without_topic(peer: str) -> str:
 
 
 class ChannelError(Exception):
-    """A channel could not do something: never will, or may after some seconds."""
+    """A channel could not do something: for good, or until another try."""
 
     def __init__(
         self, reason: object, is_permanent: bool = False, retry_after: float = 0
@@ -1798,8 +1799,8 @@ class App:
         self.channels = create_channels(self)
         self.sessions = {agent.session_key: agent.messages}  # those in use
         self.session_lock = threading.Lock()
-        self.turn = threading.Lock()  # held by the turn that runs
-        self.next_turn = threading.Lock()  # held by the one that waits for it
+        self.turn_lock = threading.Lock()  # held by the turn that runs
+        self.next_turn_lock = threading.Lock()  # held by the one that waits for it
         self.waiting_for = {}  # what each session's turn waits for
         # There is nobody who could be asked.
         mode = "always" if agent.approval.mode == "always" else "never"
@@ -1853,7 +1854,7 @@ class App:
         self.process(message)
 
     def process(self, message: InboundMessage) -> None:
-        """Answer a message. If the disk does not allow it, it waits for a restart."""
+        """Answer a message. If the disk fails, the message waits for a restart."""
         channel = self.channels.get((message.channel, message.account))
         if channel is None or not channel.allows(message):
             return  # it waits on disk for a restart with the old settings
@@ -1878,15 +1879,15 @@ class App:
     def exclusive(self, message: InboundMessage) -> Iterator[None]:
         """Hold what a turn needs for itself: until s10, turns run one at a time.
 
-        The second lock makes it fair: a thread that has just had a turn cannot get the
-        next one before the thread that waits.
+        The second lock makes it fair. Whoever waits for a turn holds it, so a thread
+        that has just had a turn cannot get the next one before.
         """
-        with self.next_turn:
-            self.turn.acquire()
+        with self.next_turn_lock:
+            self.turn_lock.acquire()
         try:
             yield
         finally:
-            self.turn.release()
+            self.turn_lock.release()
 
     def reply(self, message: InboundMessage, answer: str) -> None:
         """Send an answer to where the message came from."""
@@ -1906,8 +1907,9 @@ class App:
                 notes.append(text)
             self.show_piece(agent, message, text, kind)
 
-        agent.show = show
+        agent.show = show  # self.agent, the original, still shows at the terminal
         self.begin_turn(agent, message)
+        # Without an answer, the notes say why.
         answer = self.respond(agent, message) or "\n".join(notes)
         self.sessions[agent.session_key] = agent.messages  # /new replaces it
         self.waiting_for.pop(agent.session_key, None)
@@ -1998,8 +2000,8 @@ class App:
     def run_command(self, message: InboundMessage) -> None:
         """Run a command of the person at the terminal, and print what comes of it."""
         is_about_session = message.text.split()[0] in SESSION_COMMANDS
-        turn = self.exclusive(message) if is_about_session else nullcontext()
-        with turn:
+        lock = self.exclusive(message) if is_about_session else nullcontext()
+        with lock:
             agent = self.agent_for(message)
             run_slash_command(agent, message.text)
             self.sessions[agent.session_key] = agent.messages
@@ -2008,10 +2010,10 @@ class App:
 def begun_turn(messages: Session, message_id: str) -> list[dict]:
     """The last turn of a conversation if it answers this message, else nothing."""
     turn = []
-    for message in reversed(list(messages)):
-        turn.insert(0, message)
-        if message["role"] == "user":
-            extras = message.get("extras", {})
+    for entry in reversed(list(messages)):
+        turn.insert(0, entry)
+        if entry["role"] == "user":
+            extras = entry.get("extras", {})
             return turn if extras.get("message_id") == message_id else []
     return []
 
@@ -2019,9 +2021,9 @@ def begun_turn(messages: Session, message_id: str) -> list[dict]:
 def resume_turn(agent: Agent, turn: list[dict]) -> str | None:
     """Go on with a turn that was cut off when the program ended."""
     texts = []
-    for message in turn:
-        if message["role"] == "assistant" and message["content"]:
-            texts.append(message["content"])
+    for entry in turn:
+        if entry["role"] == "assistant" and entry["content"]:
+            texts.append(entry["content"])
     try:
         if turn[-1]["role"] != "assistant":  # it has not come to its end
             texts.append(agent_turn(agent))
@@ -2365,8 +2367,8 @@ class FeishuChannel(Channel):
         server = FEISHU_SERVERS.get(domain, domain)
         self.http = httpx.Client(base_url=server, timeout=10)
         self.http_error = httpx.HTTPError
-        self.token = ""  # proves to the API who we are, for about two hours
-        self.token_end = 0.0  # when it has to be renewed, by time.monotonic()
+        self.api_token = ""  # proves to the API who we are, for about two hours
+        self.api_token_end = 0.0  # when it has to be renewed, by time.monotonic()
         self.bot_id = ""
 
     def start(self) -> None:
@@ -2388,7 +2390,7 @@ class FeishuChannel(Channel):
         """
         response, data = self.request(method, path, body)
         if data.get("code") in BAD_TOKEN_CODES:
-            self.token_end = 0
+            self.api_token_end = 0
             response, data = self.request(method, path, body)
         code = data.get("code")
         if code == 0:
@@ -2403,22 +2405,22 @@ class FeishuChannel(Channel):
         """One request to the API: its response, and the JSON object in that."""
         headers = {}
         if path != TOKEN_PATH:  # this request gets the token, and so it has none
-            headers["Authorization"] = f"Bearer {self.valid_token()}"
+            headers["Authorization"] = f"Bearer {self.valid_api_token()}"
         try:
             response = self.http.request(method, path, json=body, headers=headers)
             return response, RECORD.validate_json(response.content)
         except (self.http_error, ValueError) as error:
             raise ChannelError(f"{type(error).__name__}: {error}") from None
 
-    def valid_token(self) -> str:
+    def valid_api_token(self) -> str:
         """The token for the API, renewed ten minutes before its end."""
-        if time.monotonic() > self.token_end:
+        if time.monotonic() > self.api_token_end:
             secret = self.setting("APP_SECRET")
             app = {"app_id": self.setting("APP_ID"), "app_secret": secret}
             data = self.call("POST", TOKEN_PATH, app)
-            self.token = data["tenant_access_token"]
-            self.token_end = time.monotonic() + data["expire"] - 600
-        return self.token
+            self.api_token = data["tenant_access_token"]
+            self.api_token_end = time.monotonic() + data["expire"] - 600
+        return self.api_token
 
     def send(self, peer: str, text: str, key: str = "") -> None:
         """Send a text. One with the same key within an hour is sent only once."""
@@ -2461,7 +2463,8 @@ class FeishuChannel(Channel):
             raise PermissionError("ENCRYPT_KEY must be as in the app: a key, or none")
         if secret:
             event = RECORD.validate_json(decrypt(secret, event["encrypt"]))
-        if event.get("type") == "url_verification":  # asks whether this is our server
+        # Feishu asks whether this is our server, and does not sign that.
+        if event.get("type") == "url_verification":
             token = event["token"]
         else:
             token = event["header"]["token"]
@@ -2670,11 +2673,11 @@ def tier_of(binding: Binding | None) -> str:
 class BindingTable:
     """The bindings of bindings.json, and which of them a message has."""
 
-    def __init__(self, file: Path, agents: dict) -> None:
+    def __init__(self, file: Path, agent_ids: Container[str]) -> None:
         self.file = file
-        self.agents = agents
+        self.agent_ids = agent_ids
         self.lock = threading.Lock()
-        self.bindings = []
+        self.entries = []
         self.unusable = []  # entries that are kept in the file as they are
         self.best = {}  # match key: the binding with the highest priority
         try:
@@ -2684,7 +2687,7 @@ class BindingTable:
             print(f"[{error}]")
 
     def load(self) -> list[str]:
-        """Read the file. Returns what is wrong with the entries that are left out.
+        """Read and use the file. Returns what is wrong with entries that are left out.
 
         Raises ValueError if the file as a whole cannot be used.
         """
@@ -2706,7 +2709,7 @@ class BindingTable:
 
     def check(self, binding: Binding) -> None:
         """Raise ValueError if a binding could never apply."""
-        if binding.agent not in self.agents:
+        if binding.agent not in self.agent_ids:
             raise ValueError(f"there is no agent {binding.agent}")
         if binding.tier() != "default" and not binding.channel:
             raise ValueError(f"a binding by {binding.tier()} needs a channel")
@@ -2716,7 +2719,7 @@ class BindingTable:
         best = {}
         for binding in sorted(bindings, key=Binding.rank):
             best[binding.match_key()] = binding  # the last one, so the highest
-        self.bindings = bindings
+        self.entries = bindings
         self.best = best  # replaced as a whole, as other threads look things up
 
     def resolve(self, message: InboundMessage) -> Binding | None:
@@ -2738,18 +2741,21 @@ class BindingTable:
             self.save([*self.others(binding), binding])
 
     def remove(self, binding: Binding) -> None:
-        """Remove the binding with the same fields and priority. Raises ValueError."""
+        """Remove the binding with the same fields and priority, whatever its agent.
+
+        Raises ValueError if there is none.
+        """
         with self.lock:
             self.load()
             others = self.others(binding)
-            if len(others) == len(self.bindings):
+            if len(others) == len(self.entries):
                 raise ValueError("there is no such binding")
             self.save(others)
 
     def others(self, binding: Binding) -> list[Binding]:
         """All bindings but the one that this one replaces."""
         place = (binding.match_key(), binding.priority)
-        return [b for b in self.bindings if (b.match_key(), b.priority) != place]
+        return [b for b in self.entries if (b.match_key(), b.priority) != place]
 
     def save(self, bindings: list[Binding]) -> None:
         """Write the file as a whole, then use what is in it."""
@@ -2792,7 +2798,7 @@ class AgentManager:
 
     def __init__(self, workspace: Path) -> None:
         self.workspace = workspace
-        self.agents = {
+        self.configs = {
             MAIN: AgentConfig(),
             "luna": AgentConfig(prompt="You are Luna: warm, and brief."),
             "sage": AgentConfig(prompt="You are Sage. You explain, and name doubts."),
@@ -2806,7 +2812,7 @@ class AgentManager:
             try:
                 if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", name):
                     raise ValueError("a name has letters a-z, digits, - and _")
-                self.agents[name] = AgentConfig.model_validate(entry)
+                self.configs[name] = AgentConfig.model_validate(entry)
             except ValueError as error:
                 print(f"[agents.json, {name}: {short_reason(error)}]")
 
@@ -2849,8 +2855,9 @@ def build_session_key(agent_id: str, message: InboundMessage, dm_scope: str) -> 
     account = message.account
     peer = message.peer
     if message.is_group:
-        bot = f"{channel}:{account}".removesuffix(":default")
-        rest = f"{bot}:group:{peer}"
+        # Only the key of a second bot names the account, as in s04.
+        platform = f"{channel}:{account}".removesuffix(":default")
+        rest = f"{platform}:group:{peer}"
     elif channel == "terminal" or dm_scope == "main":
         rest = "main"
     elif dm_scope == "per-peer":
@@ -2863,10 +2870,10 @@ def build_session_key(agent_id: str, message: InboundMessage, dm_scope: str) -> 
 
 
 def check_config(
-    check_path: Callable, agent: Agent, file: Path, is_write: bool
+    older_check: Callable, agent: Agent, file: Path, is_write: bool
 ) -> None:
     """Raise ValueError if a file is off limits. Configuration may only be read."""
-    check_path(agent, file, is_write)  # refuses the workspace itself, too
+    older_check(agent, file, is_write)  # so the file is below the workspace
     name = file.relative_to(agent.workspace).parts[0]
     if is_write and name.lower() in CONFIG_FILES:
         raise ValueError(f"only the owner may change {name}")
@@ -2874,7 +2881,7 @@ def check_config(
 
 # The gateway: a web page, and JSON-RPC 2.0 over a WebSocket
 
-MAX_FRAME = 1 << 20  # bytes
+MAX_FRAME = 1 << 20  # characters
 MAX_UNSENT = 4 << 20  # bytes that wait for a client that does not read
 MAX_OPENING = 100  # connections that have not shown the token yet
 CONTENT_TYPES = {
@@ -2992,7 +2999,7 @@ class GatewayServer(Channel):
             port,
             process_request=self.answer_http,
             create_connection=GatewayConnection,
-            max_size=4 * MAX_FRAME,  # a frame beyond that ends the connection
+            max_size=4 * MAX_FRAME,  # bytes; more than that ends the connection
             compression=None,  # both ends are on this machine
             close_timeout=1,
         )
@@ -3004,7 +3011,7 @@ class GatewayServer(Channel):
         return True
 
     def send(self, peer: str, text: str, key: str = "") -> None:
-        """Nothing: whoever watches the session has seen the answer."""
+        """Nothing: the answer is an event, and in the history."""
 
     # HTTP: the page, and who may open a WebSocket
 
@@ -3020,6 +3027,7 @@ class GatewayServer(Channel):
             return http_response(200, b"ok\n")
         if path != "/ws":
             return serve_file(path)
+        # A tunnel may turn http into https.
         origin = request.headers.get("Origin")
         if origin not in (None, f"http://{host}", f"https://{host}"):
             return http_response(403, b"this page may not connect\n")
@@ -3074,6 +3082,7 @@ class GatewayServer(Channel):
             raise RpcError(-32601, f"there is no method {request.method[:100]}")
         try:
             if isinstance(request.params, dict):
+                # A client cannot say who it is: what stands on the right wins.
                 given = request.params | {"gateway": self, "client": client}
                 return await method(**given)
             return await method(*request.params, gateway=self, client=client)
@@ -3132,7 +3141,7 @@ class GatewayServer(Channel):
 def parse_frame(frame: str | bytes) -> object:
     """The JSON value in a frame. Raises RpcError."""
     if len(frame) > MAX_FRAME:
-        raise RpcError(-32600, f"a frame may have {MAX_FRAME:,} bytes")
+        raise RpcError(-32600, f"a frame may have {MAX_FRAME:,} characters")
     try:
         return from_json(frame, allow_inf_nan=False)
     except ValueError:
@@ -3227,7 +3236,7 @@ async def rpc_history(
     app = gateway.app
     gateway.rename(client, peer)
     key = session or app.session_key(gateway.message_from(client))
-    if agent_of(key) not in app.agents.agents:
+    if agent_of(key) not in app.agents.configs:
         raise ValueError(f"session: there is no agent {agent_of(key)}")
     gateway.watch(client, key)
     unanswered = await asyncio.to_thread(app.unanswered)
@@ -3273,7 +3282,7 @@ async def rpc_sessions(*, gateway: GatewayServer, client: GatewayConnection) -> 
 def list_all_sessions(agents: AgentManager) -> list[dict]:
     """The current session of each key."""
     entries = []
-    for agent_id in agents.agents:
+    for agent_id in agents.configs:
         store = agents.session_store(agent_id)
         for key, session_id in store.read_index().items():
             path = store.folder / f"{session_id}.jsonl"
@@ -3288,14 +3297,14 @@ def list_all_sessions(agents: AgentManager) -> list[dict]:
 @rpc_method("agents.list")
 async def rpc_agents(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The agents."""
-    agents = gateway.app.agents.agents
-    return [{"id": name, **agents[name].model_dump()} for name in agents]
+    configs = gateway.app.agents.configs
+    return [{"id": name, **configs[name].model_dump()} for name in configs]
 
 
 @rpc_method("bindings.list")
 async def rpc_bindings(*, gateway: GatewayServer, client: GatewayConnection) -> list:
     """The bindings, with their tiers."""
-    bindings = gateway.app.bindings.bindings
+    bindings = gateway.app.bindings.entries
     return [{**each.model_dump(), "tier": each.tier()} for each in bindings]
 
 
@@ -3343,7 +3352,7 @@ class GatewayApp(App):
         agent.check_path = partial(check_config, agent.check_path)
         self.agents = AgentManager(agent.workspace)
         self.bindings = BindingTable(
-            agent.workspace / "bindings.json", self.agents.agents
+            agent.workspace / "bindings.json", self.agents.configs
         )
         self.terminal_agent_id = ""  # see /agent
         self.gateway = GatewayServer(self)
@@ -3364,7 +3373,7 @@ class GatewayApp(App):
     def session_key(self, message: InboundMessage) -> str:
         """The session of the agent that a message goes to."""
         agent_id = self.route(message)
-        dm_scope = self.agents.agents[agent_id].dm_scope
+        dm_scope = self.agents.configs[agent_id].dm_scope
         return build_session_key(agent_id, message, dm_scope)
 
     def store_for(self, key: str) -> SessionStore:
@@ -3389,7 +3398,7 @@ class GatewayApp(App):
     def agent_for(self, message: InboundMessage) -> Agent:
         """The agent with the prompt and the model of its configuration."""
         agent = super().agent_for(message)
-        config = self.agents.agents[agent_of(agent.session_key)]
+        config = self.agents.configs[agent_of(agent.session_key)]
         agent.system = config.prompt
         if config.model:
             agent.options = agent.options | {"model": config.model}
@@ -3432,7 +3441,7 @@ class GatewayApp(App):
         )
 
     def reply(self, message: InboundMessage, answer: str) -> None:
-        """Web clients have seen the answer; all others have it sent."""
+        """Send the answer. Web clients have it as an event, or in the history."""
         if message.channel == "web":
             self.gateway.log(f"to {message.sender}: {answer}")
         else:
@@ -3448,9 +3457,9 @@ def agent_of(key: str) -> str:
 @command("/agents", "the agents")
 def show_agents(agent: Agent, argument: str) -> str:
     lines = []
-    for name, config in agent.app.agents.agents.items():
+    for name, config in agent.app.agents.configs.items():
         mark = "*" if name == agent_of(agent.session_key) else " "
-        lines.append(f"{mark} {name}  {config.prompt[:60]}")
+        lines.append(f"{mark} {name}  {config.model}".rstrip())
     return "\n".join(lines)
 
 
@@ -3458,7 +3467,7 @@ def show_agents(agent: Agent, argument: str) -> str:
 def choose_agent(agent: Agent, agent_id: str) -> str:
     if agent_id == "off":
         agent_id = ""
-    elif agent_id not in agent.app.agents.agents:
+    elif agent_id not in agent.app.agents.configs:
         raise ValueError(f"there is no agent {agent_id}: see /agents")
     agent.app.terminal_agent_id = agent_id
     return f"the terminal talks to {agent_id or 'the agent of its binding'}"
@@ -3467,7 +3476,7 @@ def choose_agent(agent: Agent, agent_id: str) -> str:
 @command("/bindings", "which messages go to which agent")
 def show_bindings(agent: Agent, argument: str) -> str:
     lines = []
-    for binding in agent.app.bindings.bindings:
+    for binding in agent.app.bindings.entries:
         fields = binding.model_dump(exclude_defaults=True)
         lines.append(f"{binding.tier()}: {fields}")
     return "\n".join(lines) or "none: all messages go to main"
@@ -3495,7 +3504,7 @@ def show_gateway(agent: Agent, argument: str) -> str:
     return f"{gateway.link}\nclients: {len(gateway.clients)}"
 
 
-REMOTE_COMMANDS += ["/agents", "/bindings"]
+REMOTE_COMMANDS += ["/agents"]
 
 
 # --- main ---

@@ -6,39 +6,39 @@
 //
 // A turn is a question with all that answers it. Text of the model or of another
 // person gets into the page only as textContent or through renderMarkdown().
+//
+// The parts, in this order: connection, turns, history, events, view, composer, start.
+// Beside them: page.js has the state, markdown.js the answers, panel.js the routing.
 
-const { marked, DOMPurify } = window;
-
-// --- state ---
+import { patchChildren, renderMarkdown } from "./markdown.js";
+import {
+  byId,
+  copyOf,
+  focusText,
+  isTouch,
+  keyedButton,
+  make,
+  onButton,
+  randomText,
+  state,
+} from "./page.js";
+import {
+  decidingTier,
+  describeSession,
+  isWide,
+  refreshPanel,
+  setPanel,
+  showChat,
+  showPanelIfWide,
+  togglePanel,
+} from "./panel.js";
 
 const HISTORY_LIMIT = 200; // messages
 const MAX_RETRY_SECONDS = 15;
-const PANEL_SECONDS = 5; // between two looks at what others may have changed
 const MAX_MESSAGE = 1_000_000; // bytes, somewhat less than the gateway takes
 const NEAR_END = 32; // pixels from the end of the log that count as "at the end"
 
-const state = {
-  token: localStorage.getItem("token") ?? "",
-  peer: localStorage.getItem("peer") ?? newPeer(),
-  session: "", // the key of the session that is shown
-  sessionId: "", // changes with /new and /switch
-  label: "", // of that session
-  agent: "",
-  reading: "", // the key of another session while that one is shown
-  ownSession: "", // the key of this chat's session meanwhile
-  running: null, // the turn that is being answered
-  isAtEnd: true, // whether the log follows what is new
-  unread: 0, // answers that came while the page was hidden
-  loads: 0, // histories asked for so far
-  recalled: "", // the message that ArrowUp has brought back
-  agents: [],
-  sessions: [],
-  bindings: [],
-  commands: [],
-};
 const turns = new Map(); // key of the question: the turn, in the order of the log
-
-const byId = (id) => document.getElementById(id);
 const page = byId("page");
 const panel = byId("panel");
 const scroller = byId("scroller");
@@ -46,49 +46,6 @@ const log = byId("log");
 const composer = byId("composer");
 const textField = byId("text");
 const completions = byId("completions");
-
-function newPeer() {
-  const peer = `browser-${randomText(6)}`;
-  localStorage.setItem("peer", peer);
-  return peer;
-}
-
-function randomText(length) {
-  const letters = "abcdefghijklmnopqrstuvwxyz0123456789";
-  const numbers = crypto.getRandomValues(new Uint8Array(length));
-  return Array.from(numbers, (number) => letters[number % 36]).join("");
-}
-
-function make(tag, className, ...children) {
-  const element = document.createElement(tag);
-  element.className = className;
-  element.append(...children);
-  return element;
-}
-
-function onButton(list, handle) {
-  list.addEventListener("click", (event) => {
-    const button = event.target.closest("button");
-    if (button) {
-      handle(button);
-    }
-  });
-}
-
-// A phone has no Shift+Enter, and a keyboard that covers half of the page.
-function isTouch() {
-  return matchMedia("(pointer: coarse)").matches;
-}
-
-function focusText() {
-  if (!isTouch()) {
-    textField.focus();
-  }
-}
-
-function copyOf(templateId) {
-  return byId(templateId).content.firstElementChild.cloneNode(true);
-}
 
 // --- connection ---
 
@@ -98,7 +55,7 @@ let retryTimer = 0;
 let lastRequest = 0;
 const requests = new Map(); // id: what to do with the answer
 
-function isConnected() {
+export function isConnected() {
   return socket?.readyState === WebSocket.OPEN;
 }
 
@@ -188,7 +145,7 @@ window.addEventListener("unhandledrejection", (event) => {
   }
 });
 
-function call(method, params = {}) {
+export function call(method, params = {}) {
   return new Promise((resolve, reject) => {
     if (!isConnected()) {
       reject(new ConnectionLost("the gateway is not reachable"));
@@ -261,113 +218,6 @@ byId("door-form").addEventListener("submit", (event) => {
   byId("token").value = "";
   connect();
 });
-
-// --- Markdown ---
-
-const ALLOWED_TAGS = (
-  "a blockquote br code del em h4 h5 h6 hr li ol p pre strong" +
-  " table tbody td th thead tr ul"
-).split(" ");
-const SANITIZE = {
-  ALLOWED_TAGS,
-  ALLOWED_ATTR: ["align", "class", "href", "start"],
-  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
-  ADD_URI_SAFE_ATTR: ["align", "start"],
-  ALLOW_ARIA_ATTR: false,
-  ALLOW_DATA_ATTR: false,
-  RETURN_DOM_FRAGMENT: true,
-};
-
-const markdown = new marked.Marked({
-  breaks: true,
-  gfm: true,
-  renderer: {
-    // The page has headings of its own above those of an answer.
-    heading({ tokens, depth }) {
-      const level = Math.min(depth + 3, 6);
-      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
-    },
-    // HTML in an answer is shown as it is written, so that no text gets lost.
-    html({ text, block }) {
-      if (/^<br\s*\/?>$/i.test(text)) {
-        return "<br>";
-      }
-      const shown = escapeHtml(text.trimEnd()).replaceAll("\n", "<br>");
-      return block ? `<p>${shown}</p>` : shown;
-    },
-    // An image would be loaded from a foreign server, so it becomes a link.
-    image({ href, text }) {
-      return `<a href="${escapeHtml(href)}">Image: ${escapeHtml(text || href)}</a>`;
-    },
-    checkbox({ checked }) {
-      return checked ? "☑ " : "☐ ";
-    },
-  },
-});
-
-function escapeHtml(text) {
-  const entities = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
-  return text.replace(/[&<>"]/g, (character) => entities[character]);
-}
-
-// The only way for foreign text to become HTML. Returns a DocumentFragment.
-function renderMarkdown(text) {
-  const fragment = DOMPurify.sanitize(markdown.parse(text), SANITIZE);
-  for (const link of fragment.querySelectorAll("a[href]")) {
-    link.target = "_blank";
-    link.rel = "noopener noreferrer";
-    link.title = link.getAttribute("href");
-  }
-  for (const block of fragment.querySelectorAll("pre")) {
-    addCodeHead(block);
-  }
-  for (const table of fragment.querySelectorAll("table")) {
-    const frame = make("div", "table-frame");
-    frame.tabIndex = 0; // a wide table scrolls, also by keyboard
-    table.replaceWith(frame);
-    frame.append(table);
-  }
-  return fragment;
-}
-
-function addCodeHead(block) {
-  const language = block.querySelector("code")?.className.replace("language-", "");
-  const button = make("button", "copy-code text-button", "Copy");
-  button.type = "button";
-  button.setAttribute("aria-label", "Copy code");
-  const head = make("div", "code-head", make("span", "", language || "text"), button);
-  const frame = make("div", "code-frame", head);
-  block.tabIndex = 0;
-  block.replaceWith(frame);
-  frame.append(block);
-}
-
-// Change only the nodes that differ: a selection and the place in a code block stay.
-function patchChildren(target, fresh) {
-  const nodes = [...fresh.childNodes];
-  nodes.forEach((node, index) => {
-    const old = target.childNodes[index];
-    if (!old) {
-      target.append(node);
-    } else if (!old.isEqualNode(node)) {
-      patchNode(old, node);
-    }
-  });
-  while (target.childNodes.length > nodes.length) {
-    target.lastChild.remove();
-  }
-}
-
-function patchNode(old, fresh) {
-  const isText = old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE;
-  if (isText) {
-    old.data = fresh.data;
-  } else if (old.cloneNode(false).isEqualNode(fresh.cloneNode(false))) {
-    patchChildren(old, fresh);
-  } else {
-    old.replaceWith(fresh);
-  }
-}
 
 // --- the log: turns ---
 
@@ -467,11 +317,16 @@ function speakerOf(turn) {
 }
 
 function workingText(turn) {
+  if (!isConnected()) {
+    return "Waiting for the gateway";
+  }
   const call = turn.openCalls[0];
   if (call) {
     return `${state.agent} uses ${call.querySelector(".tool-name").textContent}`;
   }
-  return `${speakerOf(turn)} is working`;
+  const isPartial = !turn.isLive && turn.answers.length > 0;
+  const addition = isPartial ? "; this answer will be whole when it ends" : "";
+  return `${speakerOf(turn)} is working${addition}`;
 }
 
 function sendAgainButton() {
@@ -556,8 +411,9 @@ function addToolResult(turn, text) {
   const element = turn.openCalls.shift(); // results come in the order of the calls
   if (element) {
     element.querySelector(".tool-result").textContent = text;
-    element.querySelector(".tool-state").textContent = "done";
-    element.classList.add("is-done");
+    const hasFailed = text.startsWith("error: ");
+    element.querySelector(".tool-state").textContent = hasFailed ? "failed" : "done";
+    element.classList.add(hasFailed ? "is-failed" : "is-done");
   }
 }
 
@@ -639,7 +495,7 @@ function addDivider(text) {
 
 // --- history ---
 
-async function loadHistory() {
+export async function loadHistory() {
   state.loads += 1;
   const load = state.loads;
   const which = state.reading ? { session: state.reading } : { peer: state.peer };
@@ -834,7 +690,7 @@ function endTurn(event) {
   turn.isStale ||= turn.hasTools || !turn.isLive;
   completeAnswer(turn, event.text);
   finishTurn(turn, Date.now() / 1000);
-  announce(`${speakerOf(turn)}: ${turn.part("parts").innerText}`);
+  announceAnswer(turn);
   countUnread();
   if (turn.isStale || event.session_id !== state.sessionId) {
     loadHistory();
@@ -858,13 +714,14 @@ function completeAnswer(turn, text) {
 
 // --- the view: title, place in the log, announcements ---
 
-function showView() {
+export function showView() {
   const where = describeSession(state.session);
   const tier = `routed by the ${decidingTier().name} tier`;
   const about = [state.label, state.reading ? where.detail : tier];
   byId("title").textContent = state.reading ? where.name : state.agent;
   byId("subtitle").textContent = about.filter(Boolean).join(", ");
   byId("empty-agent").textContent = state.agent;
+  textField.placeholder = `Message ${state.agent}`;
   byId("empty").hidden = turns.size > 0 || state.reading !== "";
   byId("nothing").hidden = turns.size > 0 || state.reading === "";
   byId("reading").hidden = !state.reading;
@@ -956,27 +813,47 @@ function announce(text) {
   byId("announcer").textContent = text;
 }
 
-let noticeTimer = 0;
+// The words of it: no buttons, and no arguments and results of tools.
+function announceAnswer(turn) {
+  const parts = turn.part("parts").querySelectorAll(
+    ".text > :not(.code-frame), .code-frame pre, .note > :not(button), .command-result",
+  );
+  const texts = Array.from(parts, (part) => part.innerText);
+  announce(`${speakerOf(turn)}: ${texts.join("\n")}`);
+}
 
-function showNotice(text, actionName, action) {
-  const notice = byId("notice");
+// A notice may offer an action, such as Undo, which then has the focus.
+
+const notice = byId("notice");
+let noticeTimer = 0;
+let focusedBefore = null;
+
+export function showNotice(text, actionName, action) {
+  hideNotice();
   notice.replaceChildren(text);
+  notice.hidden = false;
   announce(text);
   if (action) {
     const button = make("button", "text-button", actionName);
     button.type = "button";
     button.addEventListener("click", () => {
-      notice.hidden = true;
+      hideNotice();
       action();
     });
     notice.append(button);
+    focusedBefore = document.activeElement;
+    button.focus();
   }
-  notice.hidden = false;
+  noticeTimer = setTimeout(hideNotice, action ? 12_000 : 5000);
+}
+
+function hideNotice() {
   clearTimeout(noticeTimer);
-  const seconds = action ? 12 : 5;
-  noticeTimer = setTimeout(() => {
-    notice.hidden = true;
-  }, 1000 * seconds);
+  const hadFocus = notice.contains(document.activeElement);
+  notice.hidden = true;
+  if (hadFocus) {
+    focusedBefore.focus();
+  }
 }
 
 onButton(log, (button) => {
@@ -1020,6 +897,7 @@ function changeOutbox(change) {
 function say(text) {
   const entry = { id: randomText(12), text };
   changeOutbox((entries) => [...entries, entry]);
+  hideNotice();
   state.isAtEnd = true;
   showOutbox();
   deliver(entry);
@@ -1084,6 +962,8 @@ function onRefused(entry, reason) {
 }
 
 function sendAgain(turn) {
+  focusText(); // the button goes
+  turn.part("send-again").remove();
   if (turn.state === "refused") {
     turn.element.remove();
     turns.delete(turn.key);
@@ -1277,304 +1157,23 @@ completions.addEventListener("pointerdown", (event) => {
   }
 });
 
-// --- panel: which binding leads this chat to which agent ---
+// --- start ---
 
-// The tiers, the narrowest first, and whether a binding belongs to one for this chat.
-const TIERS = [
-  {
-    name: "peer",
-    fits: (binding) => isOfWebAccount(binding) && binding.peer === state.peer,
-  },
-  { name: "guild", fits: () => false }, // web chats have none
-  {
-    name: "account",
-    fits: (binding) => binding.channel === "web" && binding.account === "default",
-  },
-  { name: "channel", fits: (binding) => binding.channel === "web" },
-  { name: "default", fits: () => true },
-];
-
-function isOfWebAccount(binding) {
-  const isAccount = ["", "default"].includes(binding.account);
-  return binding.channel === "web" && isAccount && binding.guild === "";
-}
-
-// The binding of a tier for this chat, if there is one.
-function bindingOf(tier) {
-  const found = state.bindings.filter(
-    (binding) => binding.tier === tier.name && tier.fits(binding),
-  );
-  return found.toSorted(byRank)[0];
-}
-
-// The highest priority is the first; then the binding with the most fields.
-function byRank(one, other) {
-  if (one.priority !== other.priority) {
-    return other.priority - one.priority;
-  }
-  return fieldsOf(other).length - fieldsOf(one).length;
-}
-
-function fieldsOf(binding) {
-  const names = ["channel", "account", "peer", "guild"];
-  return names.filter((name) => binding[name]);
-}
-
-function decidingTier() {
-  return TIERS.find(bindingOf) ?? TIERS.at(-1);
-}
-
-function decidingAgent() {
-  return bindingOf(decidingTier())?.agent ?? "main";
-}
-
-async function refreshPanel() {
-  if (!isConnected()) {
-    return;
-  }
-  const methods = ["agents.list", "sessions.list", "bindings.list"];
-  const answers = await Promise.all(methods.map((method) => call(method)));
-  [state.agents, state.sessions, state.bindings] = answers;
-  if (!state.reading && decidingAgent() !== state.agent) {
-    await loadHistory(); // a binding of this chat has changed
-  }
-  showPanel();
-  showView();
-}
-
-function showPanel() {
-  byId("peer-name").textContent = state.peer;
-  replaceList(byId("agents"), state.agents.map(agentItem));
-  replaceList(byId("tiers"), TIERS.map(tierItem));
-  const latest = state.sessions.toSorted((one, other) => other.used - one.used);
-  replaceList(byId("sessions"), latest.map(sessionItem));
-  const none = make("li", "hint", "None: every message goes to main.");
-  const bindings = state.bindings.map(bindingItem);
-  replaceList(byId("bindings"), bindings.length > 0 ? bindings : [none]);
-  byId("unbind").hidden = !bindingOf(TIERS[0]);
-  const select = byId("binding-form").elements.agent;
-  const names = state.agents.map((agent) => agent.id);
-  if (select.options.length !== names.length) {
-    select.replaceChildren(...names.map((name) => new Option(name)));
-  }
-}
-
-// Replace the items of a list, unless they are the same. The focus stays.
-function replaceList(list, items) {
-  const isSame =
-    list.children.length === items.length &&
-    items.every((item, index) => item.isEqualNode(list.children[index]));
-  if (isSame) {
-    return;
-  }
-  const focused = list.contains(document.activeElement);
-  const focusedKey = document.activeElement.dataset.key;
-  list.replaceChildren(...items);
-  if (focused) {
-    const buttons = [...list.querySelectorAll("button")];
-    const same = buttons.find((button) => button.dataset.key === focusedKey);
-    (same ?? buttons[0] ?? byId("panel-close")).focus();
-  }
-}
-
-function panelButton(className, key, ...children) {
-  const button = make("button", className, ...children);
-  button.type = "button";
-  button.dataset.key = key;
-  return button;
-}
-
-function agentItem(agent) {
-  const name = make("span", "name", agent.id);
-  const about = [agent.model, agent.prompt].filter(Boolean).join(": ");
-  const detail = make("span", "detail", about || "the default prompt and model");
-  const button = panelButton("row", agent.id, name, detail);
-  button.setAttribute("aria-pressed", String(agent.id === decidingAgent()));
-  return make("li", "", button);
-}
-
-function tierItem(tier) {
-  const binding = bindingOf(tier);
-  const isDeciding = tier === decidingTier();
-  const agent = binding?.agent ?? (tier.name === "default" ? "main" : "no binding");
-  const name = make("span", "name", tier.name);
-  const item = make("li", "tier", name, make("span", "", agent));
-  if (isDeciding) {
-    item.classList.add("is-deciding");
-    item.append(make("span", "badge", "decides"));
-  }
-  return item;
-}
-
-function sessionItem(entry) {
-  const where = describeSession(entry.session);
-  const name = make("span", "name", where.name);
-  const about = [entry.agent, where.detail, entry.label].filter(Boolean).join(", ");
-  const detail = make("span", "detail", about);
-  const button = panelButton("row", entry.session, name, detail);
-  button.setAttribute("aria-current", String(entry.session === state.session));
-  return make("li", "", button);
-}
-
-// A session key is agent:<id>:main, or agent:<id>:<where>:direct|group:<peer>.
-function describeSession(key) {
-  const rest = key.split(":").slice(2).join(":");
-  const match = /^(?:(.*):)?(direct|group):(.*)$/.exec(rest);
-  if (!match) {
-    return { name: "Terminal", detail: "" };
-  }
-  const [, where, kind, peer] = match;
-  const place = (where ?? "all channels").replace(":default", "").replace(":", " ");
-  const name = peer === state.peer ? "This browser" : peer;
-  return { name, detail: `${place} ${kind}` };
-}
-
-function bindingItem(binding, index) {
-  const { agent, tier, priority } = binding;
-  const parts = fieldsOf(binding).map((name) => `${name} ${binding[name]}`);
-  if (priority) {
-    parts.push(`priority ${priority}`);
-  }
-  const what = parts.join(", ") || "everything";
-  const remove = panelButton("icon-button remove", `remove ${what}`, "×");
-  remove.setAttribute("aria-label", `Remove the binding of ${what} to ${agent}`);
-  remove.dataset.index = index;
-  const text = make("span", "binding-text", `${what} → `, make("strong", "", agent));
-  return make("li", "binding", make("span", "badge", tier), text, remove);
-}
-
-// What the panel changes
-
-function withoutTier(binding) {
-  const fields = { ...binding };
-  delete fields.tier;
-  return fields;
-}
-
-async function changeBindings(method, binding) {
-  try {
-    await call(method, { binding });
-  } catch (error) {
-    showNotice(`Not changed: ${error.message}`);
-    return false;
-  }
-  await refreshPanel();
-  return true;
-}
-
-async function chooseAgent(agent) {
-  const own = bindingOf(TIERS[0]) ?? { channel: "web", peer: state.peer };
-  showChat();
-  if (await changeBindings("bindings.set", { ...withoutTier(own), agent })) {
-    showNotice(`${agent} answers this chat now`);
-  }
-}
-
-async function removeBinding(binding) {
-  const fields = withoutTier(binding);
-  if (await changeBindings("bindings.remove", fields)) {
-    const undo = () => changeBindings("bindings.set", fields);
-    showNotice("The binding is removed", "Undo", undo);
-  }
-}
-
-onButton(byId("agents"), (button) => chooseAgent(button.dataset.key));
-onButton(byId("sessions"), (button) => showSession(button.dataset.key));
-onButton(byId("bindings"), (button) => {
-  removeBinding(state.bindings[button.dataset.index]);
-});
-
-byId("unbind").addEventListener("click", async () => {
-  await removeBinding(bindingOf(TIERS[0]));
-  byId("agents").querySelector('[aria-pressed="true"]').focus(); // the button is gone
-});
-
-byId("binding-form").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const form = event.target;
-  const binding = Object.fromEntries(new FormData(form));
-  binding.priority = Number(binding.priority);
-  if (await changeBindings("bindings.set", binding)) {
-    form.reset();
-    byId("binding-editor").open = false;
-    showNotice(`The binding to ${binding.agent} is set`);
-  }
-});
-
-// Another session is shown for reading only.
-async function showSession(key) {
-  const own = state.reading ? state.ownSession : state.session;
-  state.ownSession = own;
-  state.reading = key === own ? "" : key;
-  byId("back").textContent = "Back to my chat";
-  if (!isWide()) {
-    setPanel(false);
-  }
-  await loadHistory();
-  showPanel();
-  if (state.reading) {
-    byId("back").focus();
-  } else {
-    focusText();
-  }
-}
-
-function showChat() {
-  if (state.reading) {
-    showSession(state.ownSession);
-  }
-}
-
-byId("back").addEventListener("click", showChat);
-
-// The panel as a column, or as a drawer on a narrow screen
-
-const wideScreen = matchMedia("(min-width: 900px)");
-
-function isWide() {
-  return wideScreen.matches;
-}
-
-function setPanel(isOpen) {
-  const isDrawer = isOpen && !isWide();
-  panel.hidden = !isOpen;
-  byId("backdrop").hidden = !isDrawer;
-  page.inert = isDrawer; // the keyboard stays in the drawer
-  byId("panel-open").setAttribute("aria-expanded", String(isOpen));
-}
-
-function togglePanel(isOpen) {
-  setPanel(isOpen);
-  if (isWide()) {
-    localStorage.setItem("panel", isOpen ? "open" : "closed");
-  }
-  if (isOpen) {
-    refreshPanel();
-  }
-  byId(isOpen ? "panel-close" : "panel-open").focus();
-}
-
-byId("panel-open").addEventListener("click", () => togglePanel(panel.hidden));
-byId("panel-close").addEventListener("click", () => togglePanel(false));
-byId("backdrop").addEventListener("click", () => togglePanel(false));
-wideScreen.addEventListener("change", showPanelIfWide);
-
-function showPanelIfWide() {
-  setPanel(isWide() && localStorage.getItem("panel") !== "closed");
-}
-
+// Escape leaves what is open, and leads to the message field.
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented) {
     return;
   }
-  if (!panel.hidden && !isWide()) {
+  if (notice.contains(document.activeElement)) {
+    hideNotice();
+  } else if (!panel.hidden && !isWide()) {
     togglePanel(false);
-  } else if (!page.hidden && !state.reading) {
+  } else if (state.reading) {
+    showChat();
+  } else if (!page.hidden) {
     textField.focus();
   }
 });
-
-// --- start ---
 
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 
@@ -1593,13 +1192,13 @@ byId("theme").addEventListener("click", () => {
 
 const SUGGESTIONS = [
   "What can you do?",
-  "List the files",
+  "Write buy milk into notes.txt",
   "What is in SOUL.md?",
   "/agents",
 ];
 
 for (const text of SUGGESTIONS) {
-  byId("suggestions").append(make("li", "", panelButton("suggestion", text, text)));
+  byId("suggestions").append(make("li", "", keyedButton("suggestion", text, text)));
 }
 
 onButton(byId("suggestions"), (button) => {
@@ -1614,12 +1213,6 @@ window.addEventListener("hashchange", () => {
     connect();
   }
 });
-
-setInterval(() => {
-  if (!panel.hidden && !document.hidden) {
-    refreshPanel();
-  }
-}, 1000 * PANEL_SECONDS);
 
 setTheme(localStorage.getItem("theme") ?? "auto");
 showPanelIfWide();

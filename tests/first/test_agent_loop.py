@@ -117,7 +117,6 @@ def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
 # --- conversations ---
 
 
-@pytest.mark.guard
 @since("s01")
 def test_three_turns_on_a_terminal_stream_as_they_arrive(section: Section, fake_model: FakeModel):
     gate = threading.Event()
@@ -524,7 +523,6 @@ def copy_alone(section: Section, folder: Path, dotenv: str = "") -> Path:
     return target
 
 
-@pytest.mark.guard
 @since("s01")
 def test_nothing_set_up(section: Section, env: dict, tmp_path: Path):
     unset = {name: value for name, value in env.items() if name not in SETTINGS}

@@ -146,7 +146,6 @@ def test_a_restart_of_the_gateway_goes_unnoticed(page: Page):
     page.desk.down()
 
 
-@pytest.mark.guard
 @since("s05")
 def test_who_has_a_wrong_token_is_asked_for_it(page: Page):
     page.browser.open(page.desk.link.partition("#")[0])

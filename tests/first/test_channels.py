@@ -379,7 +379,6 @@ def test_the_inbox_stays_small(desk: Desk):
     assert len(desk.feishu.sent) == 451
 
 
-@pytest.mark.guard
 @since("s04", until="s05")
 def test_a_full_disk(desk: Desk, telegram: FakeTelegram):
     """What cannot be written down is not taken; with room again, it is answered, and once."""

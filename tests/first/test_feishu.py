@@ -601,7 +601,6 @@ def test_questions_at_the_very_start(desk: Desk):
 # --- kill -9 ---
 
 
-@pytest.mark.guard
 @since("s04")
 @pytest.mark.costly(last=True)
 def test_killed_15_times(desk: Desk, whole: bool):

@@ -813,7 +813,6 @@ def test_a_send_is_acknowledged_while_the_model_hangs(desk: Desk):
     assert len(other.history(peer="bob")) == 40
 
 
-@pytest.mark.guard
 @since("s05")
 def test_kill_9_after_the_acknowledgement_loses_nothing(desk: Desk):
     screen = desk.up()

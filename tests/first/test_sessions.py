@@ -335,7 +335,6 @@ def slowly(body: dict):
     return item
 
 
-@pytest.mark.guard
 @since("s03")
 @pytest.mark.costly(last=True)
 def test_killed_at_any_moment_50_times(desk: Desk, whole: bool):
@@ -430,7 +429,6 @@ def test_torn_at_any_byte(desk: Desk, tmp_path: Path):
             assert list(session) == again, "the next record is not glued to the torn one"
 
 
-@pytest.mark.guard
 @since("s03")
 @pytest.mark.parametrize("cut", [1, 20, -2, -1])
 def test_torn_last_line_at_the_front_door(desk: Desk, cut: int):

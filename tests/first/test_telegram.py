@@ -631,7 +631,6 @@ def test_a_bad_token(post: Post, token: str):
 # --- kill -9 ---
 
 
-@pytest.mark.guard
 @since("s04")
 @pytest.mark.parametrize("moment", ["model", "tool", "send"])
 def test_killed_in_the_middle_of_a_turn(post: Post, moment: str):

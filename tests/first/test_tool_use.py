@@ -754,7 +754,6 @@ def test_bash_sees_no_secrets(section: Section, fake_model: FakeModel):
     assert not re.findall(r".*(?:sk-test|hidden-\d).*", text)
 
 
-@pytest.mark.guard
 @posix
 def test_bash_timeout_kills_the_family(section: Section, fake_model: FakeModel, workspace: Path):
     names = ["shell", "child", "grandchild"]
