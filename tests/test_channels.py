@@ -496,6 +496,8 @@ def test_an_answer_is_kept_until_it_is_sent(desk: Desk):
     desk.telegram.say("one")
     assert desk.push(desk.feishu.event("one")) == 200
     wait_until(lambda: [row[2] for row in desk.inbox()] == ["heard one"] * 2)
+    for channel in ("telegram", "feishu"):  # the next try is a second away
+        wait_until(lambda c=channel: lines_with(screen, f"[{c}]", "trying again"))
     screen.kill()
     assert not desk.telegram.sent + desk.feishu.sent
     desk.telegram.mend()

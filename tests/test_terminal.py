@@ -208,7 +208,7 @@ def test_the_terminal_is_next(desk: Desk):
 def test_the_turn_goes_to_who_waits_for_it(section: harness.Section):
     """A thread that has just had its turn cannot get the next one before."""
     app = object.__new__(section.module.App)
-    app.turn, app.next_turn = threading.Lock(), threading.Lock()
+    app.turn_lock, app.next_turn_lock = threading.Lock(), threading.Lock()
     turns, seen = 0, []
 
     def wait_for_a_turn() -> None:
@@ -217,7 +217,7 @@ def test_the_turn_goes_to_who_waits_for_it(section: harness.Section):
 
     with app.exclusive(None):
         threading.Thread(target=wait_for_a_turn, daemon=True).start()
-        wait_until(app.next_turn.locked)
+        wait_until(app.next_turn_lock.locked)
     while not seen:
         with app.exclusive(None):
             turns += 1
