@@ -142,7 +142,7 @@ def tool_results(desk: Desk) -> list[str]:
 def test_settings_that_cannot_work(desk: Desk):
     """Each account says in a line what is wrong; the others, the good ones, work."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        nowhere = "http://nowhere.invalid"
+        nowhere = "http://127.0.0.1:9"  # nobody listens there
         apps = {
             "taken": {"PORT": str(taken.getsockname()[1])},
             "word": {"PORT": "abc"},
@@ -491,24 +491,28 @@ def test_parts_of_one_message_keep_nobody_waiting(
 def test_an_answer_is_kept_until_it_is_sent(desk: Desk):
     """The program ends before it is out: it is sent later, and the model not asked."""
     screen = desk.both()
-    desk.feishu.fail("/im/v1/messages", 500, {"code": 1, "msg": "later"}, times=99)
-    desk.telegram.fail("sendMessage", 500, "later", times=99)
-    desk.telegram.say("one")
-    assert desk.push(desk.feishu.event("one")) == 200
-    wait_until(lambda: [row[2] for row in desk.inbox()] == ["heard one"] * 2)
+    assert desk.push(desk.feishu.event("wait")) == 200
+    desk.model.wait(1)
+    desk.telegram.say("hello")
+    wait_until(lambda: len(desk.inbox()) == 2)
+    desk.telegram.down()
+    desk.feishu.down()
+    desk.gate.set()
+    answers = ["heard wait", "heard hello"]
+    wait_until(lambda: [row[2] for row in desk.inbox()] == answers)
     screen.kill()
     assert not desk.telegram.sent + desk.feishu.sent
-    desk.telegram.mend()
-    desk.feishu.mend()
+    desk.telegram.up()
+    desk.feishu.up()
     desk.both()
     desk.wait_telegram(1)
     desk.feishu.wait_sent(1)
     desk.settle()
-    assert [sent.text for sent in desk.telegram.sent] == ["heard one"]
-    assert desk.replies == ["heard one"]
-    assert desk.asked == ["one", "one"]
+    assert [sent.text for sent in desk.telegram.sent] == ["heard hello"]
+    assert desk.replies == ["heard wait"]
+    assert desk.asked == ["wait", "hello"]
     assert desk.ask_telegram("two") == "heard two"
-    assert desk.histories()[-1] == ["one", "two"]
+    assert desk.histories()[-1] == ["hello", "two"]
 
 
 @since("s04", until="s04")
