@@ -108,14 +108,13 @@ def pytest_collection_modifyitems(
     """Leave out what has no case, and of tests/first all but the guards, unless it is
     named.
 
-    On a test's last section, run every third of its parameter sets: the first has run
-    all. What takes long begins first, so that no worker is left alone with it in the
-    end.
+    On a test's last section, run it in samples: its first section has run all. What
+    takes long begins first, so that no worker is left alone with it in the end.
     """
     items.sort(key=lambda item: not item.get_closest_marker("costly"))
     whole_first = names_first(config)
     whole_last = config.getoption("--every-section")
-    seen: dict[tuple, int] = {}
+    seen: dict[str, int] = {}
     kept, left_out = [], []
     for item in items:
         is_guard = item.get_closest_marker("guard") or not is_below_first(item.path)
@@ -124,10 +123,12 @@ def pytest_collection_modifyitems(
             continue
         callspec = getattr(item, "callspec", None)
         section = callspec.params.get("section") if callspec else None
-        if section and len(callspec.params) > 1 and not whole_last:
-            key = (item.nodeid.split("[")[0], section.label)
+        if section and not whole_last and not is_first(item):
+            # Of the parameter sets of a test every third, of other tests every second.
+            has_parameters = len(callspec.params) > 1
+            key = item.nodeid.split("[")[0] if has_parameters else str(item.path)
             seen[key] = seen.get(key, -1) + 1
-            if seen[key] % 3 and not is_first(item):
+            if seen[key] % (3 if has_parameters else 2):
                 left_out.append(item)
                 continue
         kept.append(item)

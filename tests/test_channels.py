@@ -547,7 +547,7 @@ def test_one_chat_cannot_fill_the_inbox(section: harness.Section, desk: Desk):
         assert desk.push(event) == 200
     desk.telegram.say("hello")
     wait_until(lambda: len(desk.inbox()) == limit + 2)
-    assert lines_with(screen, "[feishu]", "too many messages wait")
+    wait_until(lambda: lines_with(screen, "[feishu]", "too many messages wait"))
     desk.gate.set()
     desk.wait_telegram(1)
     desk.settle()
