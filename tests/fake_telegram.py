@@ -593,7 +593,7 @@ class FakeTelegram:
         with self._changed:
             self.calls.append((method, params))
             self._changed.notify_all()
-            if self._down or outages != self.outages:
+            if self._down or outages != self.outages or gone():
                 return None
             if not (match := re.fullmatch(r"/bot(\d+:[\w-]+)/\w+", path)):
                 return Refusal(404, "Not Found").reply
