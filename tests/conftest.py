@@ -74,6 +74,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "section" in metafunc.fixturenames:
         every = metafunc.config.getoption("--every-section")
         found = wanted(metafunc.definition, every)
+        if is_below_first(metafunc.definition.path) and not names_first(
+            metafunc.config
+        ):
+            found = found[-1:]  # of the first ladder, its last section has all
         costly = metafunc.definition.get_closest_marker("costly")
         if costly and not every and not costly.kwargs.get("last"):
             found = found[:1]
@@ -123,7 +127,8 @@ def pytest_collection_modifyitems(
             continue
         callspec = getattr(item, "callspec", None)
         section = callspec.params.get("section") if callspec else None
-        if section and not whole_last and not is_first(item):
+        in_samples = not is_first(item) and not is_below_first(item.path)
+        if section and in_samples and not whole_last:
             # Of the parameter sets of a test every third, of other tests every second.
             has_parameters = len(callspec.params) > 1
             key = item.nodeid.split("[")[0] if has_parameters else str(item.path)
