@@ -93,6 +93,7 @@ def test_one_process_with_three_mouths(desk: Desk, telegram: FakeTelegram):
     telegram.say("meanwhile")
     screen.wait_for("heard meanwhile")
     desk.ask("between")
+    screen.wait_for("heard between")  # what is typed meanwhile may be drawn in two pieces
     say(screen, "line", "heard half a line")
     assert lines(screen, "you> half a line") and lines(screen, "[feishu default] ou_alice: between")
 
