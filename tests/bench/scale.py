@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from types import SimpleNamespace
 
 from measure import NOT_INSTALLED
@@ -87,20 +88,30 @@ def routing(folder: Path) -> None:
     section = ladder("s05")[-1]
     look_ups = {}
     for size in (10, 100_000):
-        file = folder / f"{size}.jsonl"
-        lines = [
-            f'{{"agent": "luna", "channel": "web", "peer": "p{n}"}}\n'
-            for n in range(size)
+        entries = [
+            {"agent": "luna", "channel": "web", "peer": f"p{n}"} for n in range(size)
         ]
-        file.write_text("".join(lines), encoding="utf-8")
-        table = section.module.BindingTable(file, ["luna"])
-
-        def resolve(table=table) -> None:
-            table.resolve("web", "default", "p7", "")
-            table.resolve("web", "default", "nobody:topic:7", "")
-
+        resolve = resolver(section.module, folder, entries)
         look_ups[f"{size:,} bindings"] = timed(resolve, 1000)
     few_and_many("route", section.label, medians(20, look_ups))
+
+
+def resolver(module: ModuleType, folder: Path, entries: list[dict]) -> Callable:
+    """Two look-ups in a table of these bindings, as a section writes and asks it."""
+    in_lines = folder / f"{len(entries)}.jsonl"
+    in_lines.write_text("\n".join(map(json.dumps, entries)) + "\n", encoding="utf-8")
+    as_a_list = folder / f"{len(entries)}.json"
+    as_a_list.write_text(json.dumps(entries), encoding="utf-8")
+    if not hasattr(module, "tier_keys"):  # the first ladder
+        table = module.BindingTable(in_lines, ["luna"])
+        return lambda: [
+            table.resolve("web", "default", "p7", ""),
+            table.resolve("web", "default", "nobody:topic:7", ""),
+        ]
+    table = module.BindingTable(as_a_list, ["luna"])
+    known = module.InboundMessage("web", "default", "p7", "")
+    unknown = module.InboundMessage("web", "default", "nobody:topic:7", "")
+    return lambda: [table.resolve(known), table.resolve(unknown)]
 
 
 def few_and_many(what: str, who: str, times: dict[str, float]) -> None:
