@@ -127,8 +127,8 @@ def pytest_collection_modifyitems(
             continue
         callspec = getattr(item, "callspec", None)
         section = callspec.params.get("section") if callspec else None
-        in_samples = not is_first(item) and not is_below_first(item.path)
-        if section and in_samples and not whole_last:
+        in_samples = section and not whole_last and not is_below_first(item.path)
+        if in_samples and not is_first(item):
             # Of the parameter sets of a test every third, of other tests every second.
             has_parameters = len(callspec.params) > 1
             key = item.nodeid.split("[")[0] if has_parameters else str(item.path)
