@@ -127,13 +127,14 @@ def pytest_collection_modifyitems(
             continue
         callspec = getattr(item, "callspec", None)
         section = callspec.params.get("section") if callspec else None
-        in_samples = section and not whole_last and not is_below_first(item.path)
-        if in_samples and not is_first(item):
-            # Of the parameter sets of a test every third, of other tests every second.
+        if section and not whole_last and not is_first(item):
+            # Of the parameter sets of a test every third; of other tests every second,
+            # but of the first ladder all.
             has_parameters = len(callspec.params) > 1
             key = item.nodeid.split("[")[0] if has_parameters else str(item.path)
             seen[key] = seen.get(key, -1) + 1
-            if seen[key] % (3 if has_parameters else 2):
+            every_other = 1 if is_below_first(item.path) else 2
+            if seen[key] % (3 if has_parameters else every_other):
                 left_out.append(item)
                 continue
         kept.append(item)
