@@ -365,7 +365,6 @@ class AnswerCleaner:
 # --- s02: tool use ---
 
 MAX_ROUNDS = 25  # in one turn; a round is a model call and the tools it asks for
-MAX_CALLS = 100  # in one answer; more than that is a model gone wild
 MAX_RESULT = 30_000  # characters of a tool's result
 NOTES["rounds"] = f"stopped after {MAX_ROUNDS} rounds; ask again to go on"
 TOOLS = []  # what the model is told: a schema for each tool
@@ -683,10 +682,10 @@ def kill_command(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     mark = process.args[1].encode()
-    for environment in Path("/proc").glob("[0-9]*/environ"):  # none but on Linux
+    for folder in Path("/proc").glob("[0-9]*"):  # there are none but on Linux
         with suppress(OSError):  # it has ended, or belongs to somebody else
-            if mark in environment.read_bytes():
-                os.kill(int(environment.parent.name), signal.SIGKILL)
+            if mark in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 # Reading tool calls, and sending them back (most details are for odd servers)
@@ -722,7 +721,7 @@ def complete_message(agent: Agent, reply: Reply) -> None:
     calls = []
     signed_calls = []  # the same, with the signatures that Gemini adds to its calls
     extras = {}
-    for call in reply.tool_calls[:MAX_CALLS]:
+    for call in reply.tool_calls[:100]:  # more than that is a model gone wild
         calls.append(normalize_tool_call(call))
         signed_calls.append(calls[-1] | call["extra"])
     reply.tool_calls = calls
